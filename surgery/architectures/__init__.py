@@ -1,0 +1,44 @@
+"""Model families as data: one YAML file each, validated by `Architecture`, looked up by `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from surgery.architectures.family import Architecture
+from surgery.architectures.model import AttentionTensors, Model, Rope
+from surgery.errors import UnsupportedModel
+from surgery.suggestions import did_you_mean
+
+__all__ = ["Architecture", "AttentionTensors", "Model", "Rope", "architectures", "find_architecture"]
+
+
+@cache
+def architectures() -> Mapping[str, Architecture]:
+    """Every family that ships, by `model_type`."""
+    folder = Path(__file__).parent
+    families = (Architecture.model_validate(yaml.safe_load(file.read_text())) for file in sorted(folder.glob("*.yaml")))
+    return {family.model_type: family for family in families}
+
+
+def find_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The family of a config.json. Raises UnsupportedModel, naming the families and what was found."""
+    found = config.get("model_type")
+    known = architectures()
+    if isinstance(found, str) and found in known:
+        return known[found]
+    if isinstance(config.get("surgery"), dict):
+        raise UnsupportedModel(
+            "this checkpoint was made by surgery and carries its own code",
+            cause=f"model_type {found!r} is no stock family any more, and operations work on stock families",
+            remedy="list all operations in one manifest and start from the original base",
+        )
+    raise UnsupportedModel(
+        f"no architecture describes model_type {found!r}{did_you_mean(str(found), known)}",
+        cause=f"families known: {', '.join(sorted(known))}",
+        remedy="use the empty manifest (passthrough), or add a file to surgery/architectures/ (CONTRIBUTING.md says how)",
+    )

@@ -1,0 +1,42 @@
+"""Loading the model that is measured, offloaded to disk by accelerate where it does not fit."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from surgery.checkpoint.reader import Checkpoint
+
+# Measuring in fp32 costs twice the memory of the weights; above this size the stored type is used instead.
+FLOAT32_LIMIT = 2_000_000_000
+
+
+@contextmanager
+def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = None) -> Iterator[Any]:
+    """The checkpoint as a transformers model in eval mode under sdpa.
+
+    `max_memory` is the bytes of weights that may be resident; None takes half of what the machine has free.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if checkpoint.parameter_count * 4 <= FLOAT32_LIMIT else "auto"
+    needed = checkpoint.parameter_count * 4 if dtype == torch.float32 else checkpoint.tensor_bytes
+    limit = max_memory if max_memory is not None else _free_memory() // 2
+    settings: dict[str, Any] = {"torch_dtype": dtype, "attn_implementation": "sdpa"}
+    settings["trust_remote_code"] = checkpoint.remote_code
+    with tempfile.TemporaryDirectory(prefix="surgery-offload-") as folder:
+        if device != "cpu":
+            settings["device_map"] = {"": device}
+        elif needed > limit:
+            settings |= {"device_map": "auto", "max_memory": {"cpu": limit}, "offload_folder": folder}
+        model = AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), **settings)
+        yield model.eval()
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

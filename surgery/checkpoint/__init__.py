@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints without loading models: headers, indexes, byte ranges, journals."""

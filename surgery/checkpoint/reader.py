@@ -1,0 +1,276 @@
+"""Opening a checkpoint folder: config, index, headers and side files, with every file treated as hostile.
+
+Nothing is executed, no tensor data is read, and no path outside the folder is opened. What opens here is accounted
+for in full: each tensor has one place, each file is either carried or has a reason why not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.header import Header, TensorInfo, parse_json, read_header
+from surgery.errors import CorruptCheckpoint, SourceUnavailable, UnsafeCheckpoint
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 256_000_000
+MAX_SHARDS = 100_000
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+_OTHER_WEIGHTS = (".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".mlmodel")
+_CARRIED_FOLDERS = ("additional_chat_templates",)
+_NOT_OURS = ("surgery.lock.json", "README.md", "config.json", INDEX, SINGLE)
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is no weight: `name` is relative to the folder; `dropped` says why it is not carried, or is empty."""
+
+    name: str
+    size: int
+    dropped: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was opened and found sound.
+
+    `tensors` follows the shards in order and, inside a shard, the order of the bytes. `source` is what the user
+    named (`id@revision`, a folder, `builtin:NAME`); `revision` is the commit where there is one.
+    """
+
+    folder: Path
+    source: str
+    revision: str | None
+    config: Mapping[str, Any]
+    shards: Mapping[str, Header]
+    tensors: Mapping[str, TensorInfo]
+    side_files: tuple[SideFile, ...]
+    remote_code: bool
+
+    def path(self, name: str) -> Path:
+        """The path of a file of this checkpoint."""
+        return self.folder / name
+
+    @property
+    def parameter_count(self) -> int:
+        """Stored elements over all tensors."""
+        return sum(_elements(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data on disk."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """A hash that changes when config, headers, sizes or times of the weight files do; reads no weights."""
+        digest = hashlib.sha256()
+        digest.update(self.path("config.json").read_bytes())
+        for name, header in self.shards.items():
+            status = self.path(name).stat()
+            digest.update(f"{name}\0{header.sha256}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        for file in self.side_files:
+            digest.update(f"{file.name}\0{file.size}\0{self.path(file.name).stat().st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def open_checkpoint(
+    folder: Path, *, source: str = "", revision: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Open `folder` as a checkpoint.
+
+    Raises SourceUnavailable (no such folder or file), UnsafeCheckpoint (pickle, remote code, links and names that
+    leave the folder) and CorruptCheckpoint (anything that does not agree with the rest).
+    """
+    if not folder.is_dir():
+        raise SourceUnavailable(
+            f"{folder} is not a folder", cause="a base is a checkpoint folder, id@revision or builtin:NAME",
+            remedy="check the path, or run: surgery inspect builtin:llama",
+        )  # fmt: skip
+    files = _list_files(folder)
+    config = _read_config(folder, files)
+    remote_code = _check_remote_code(folder, files, config, revision, trust_remote_code)
+    names, weight_map = _shard_names(folder, files)
+    shards = {name: read_header(contained(folder, name)) for name in names}
+    tensors = _account(shards, weight_map)
+    side = tuple(_side_file(name, size, remote_code) for name, size in files.items() if name not in {*_NOT_OURS, *names})
+    return Checkpoint(folder, source or str(folder), revision, config, shards, tensors, side, remote_code)
+
+
+def contained(folder: Path, name: str) -> Path:
+    """The path of file `name` of `folder`, refusing names and links that leave it. Raises UnsafeCheckpoint."""
+    if not name or name in {".", ".."} or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+        raise UnsafeCheckpoint(
+            f"the file name {name[:80]!r} is refused", cause="shard names must be base names inside the checkpoint folder",
+            remedy="do not use this checkpoint: its index points outside of it",
+        )  # fmt: skip
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CorruptCheckpoint(
+            f"{name} is missing", cause=f"{type(error).__name__} when opening it", remedy="download the checkpoint again"
+        ) from error
+    if not any(real.is_relative_to(root) for root in _roots(folder)):
+        raise UnsafeCheckpoint(
+            f"{name} is a link that leaves the checkpoint folder", cause="reading it would copy a file from elsewhere",
+            remedy="replace the link by the file it should be",
+        )  # fmt: skip
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise UnsafeCheckpoint(
+            f"{name} is not a regular file", cause="pipes, devices and folders are not read", remedy="replace it by a file"
+        )
+    return path
+
+
+def _roots(folder: Path) -> tuple[Path, ...]:
+    """Where links may lead: the folder itself and, in a Hub cache, the blobs of the same repository."""
+    real = folder.resolve()
+    for place in (real, *real.parents):
+        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+            return real, place.parent.parent / "blobs"
+    return (real,)
+
+
+def _list_files(folder: Path) -> dict[str, int]:
+    """Names and sizes of the files, sub-folders included by their relative names, sorted."""
+    found: dict[str, int] = {}
+    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name in _CARRIED_FOLDERS:
+                inner = Path(entry.path)
+                found.update({f"{entry.name}/{file}": size for file, size in _list_files(inner).items()})
+            elif entry.name not in {".git", ".cache"}:
+                found[f"{entry.name}/"] = 0
+        elif entry.name not in {".gitattributes", ".gitignore"}:
+            found[entry.name] = entry.stat().st_size if entry.is_file() else 0
+    return found
+
+
+def _read_config(folder: Path, files: Mapping[str, int]) -> Mapping[str, Any]:
+    if "config.json" not in files:
+        raise SourceUnavailable(
+            f"{folder} has no config.json", cause="a checkpoint is a folder with config.json and safetensors",
+            remedy="name the folder that holds config.json (id@revision:subfolder on the Hub)",
+        )  # fmt: skip
+    config = read_json(folder, "config.json")
+    if not isinstance(config, dict):
+        raise CorruptCheckpoint(
+            "config.json is not a JSON object", cause=f"it is a {type(config).__name__}", remedy="download it again"
+        )
+    return config
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """Read one JSON file of a checkpoint folder strictly; raises as `contained` and `parse_json` do."""
+    path = contained(folder, name)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CorruptCheckpoint(f"{name} is too large", cause=f"over {MAX_JSON_BYTES} bytes", remedy="check the file")
+    return parse_json(path.read_bytes(), name)
+
+
+def _check_remote_code(
+    folder: Path, files: Mapping[str, int], config: Mapping[str, Any], revision: str | None, trusted: bool
+) -> bool:
+    code = sorted(name for name in files if name.endswith(".py"))
+    if not code and "auto_map" not in config:
+        return False
+    if not trusted:
+        what = ", ".join(code[:3]) or "config.json's auto_map"
+        raise UnsafeCheckpoint(
+            f"{folder.name} carries remote code ({what})", cause="surgery never runs a base's code unasked",
+            remedy="read the code, then pass --trust-remote-code with a base pinned as id@40-digit-commit",
+        )  # fmt: skip
+    ours = isinstance(config.get("surgery"), dict)
+    if not ours and (revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision)):
+        raise UnsafeCheckpoint(
+            "the base carries remote code but is not pinned", cause="code of a moving branch can change between runs",
+            remedy="name it as id@40-digit-commit",
+        )  # fmt: skip
+    return True
+
+
+def _shard_names(folder: Path, files: Mapping[str, int]) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files in order and, for a sharded checkpoint, the index's map of tensor to shard."""
+    if SINGLE in files and INDEX in files:
+        raise CorruptCheckpoint(
+            f"both {SINGLE} and {INDEX} are there", cause="loaders disagree on which of the two counts",
+            remedy="remove the one that is stale",
+        )  # fmt: skip
+    if SINGLE in files:
+        return [SINGLE], None
+    if INDEX not in files:
+        pickles = [name for name in files if name.endswith(_PICKLES)]
+        if pickles:
+            raise UnsafeCheckpoint(
+                f"the weights are pickle files ({pickles[0]})", cause="unpickling runs code; surgery reads safetensors",
+                remedy="convert them to safetensors first, or pass --allow-pickle",
+            )  # fmt: skip
+        raise SourceUnavailable(
+            f"{folder} has no weights", cause=f"neither {SINGLE} nor {INDEX} is there", remedy="download the weights"
+        )
+    index = read_json(folder, INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CorruptCheckpoint(
+            f"{INDEX} has no usable weight_map", cause="it must map tensor names to file names",
+            remedy="download the index again",
+        )  # fmt: skip
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise CorruptCheckpoint(f"{INDEX} names {len(names)} shards", cause=f"over {MAX_SHARDS}", remedy="check the index")
+    for name in names:
+        if name.endswith(_PICKLES):
+            raise UnsafeCheckpoint(
+                f"the index names the pickle file {name}", cause="unpickling runs code", remedy="convert it to safetensors"
+            )
+        contained(folder, name)
+    return names, weight_map
+
+
+def _account(shards: Mapping[str, Header], weight_map: dict[str, str] | None) -> dict[str, TensorInfo]:
+    """Every tensor once, and exactly where the index says."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard, header in shards.items():
+        for tensor in header.tensors:
+            if tensor.name in tensors:
+                raise _disagree(f"tensor {tensor.name!r} is in {tensors[tensor.name].shard} and in {shard}")
+            if weight_map is not None and weight_map.get(tensor.name) != shard:
+                raise _disagree(f"{shard} holds {tensor.name!r}, the index says {weight_map.get(tensor.name)!r}")
+            tensors[tensor.name] = tensor
+    missing = sorted(set(weight_map or ()) - set(tensors))
+    if missing:
+        raise _disagree(f"the index names {missing[0]!r} and {len(missing) - 1} more that no shard holds")
+    if not tensors:
+        raise _disagree("there is no tensor in it")
+    return tensors
+
+
+def _disagree(cause: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint("the index and the shards disagree", cause=cause, remedy="download the checkpoint again")
+
+
+def _side_file(name: str, size: int, remote_code: bool) -> SideFile:
+    if name.endswith("/"):
+        return SideFile(name, 0, "a sub-folder; only the checkpoint's own files are carried")
+    if name.endswith((*_PICKLES, *_OTHER_WEIGHTS)):
+        return SideFile(name, size, "weights of another format, or a file that the index does not name")
+    if name.endswith(".index.json"):
+        return SideFile(name, size, "the index of weights of another format")
+    if name.endswith(".py") and not remote_code:
+        return SideFile(name, size, "code that config.json does not use")
+    return SideFile(name, size)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

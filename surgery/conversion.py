@@ -1,0 +1,284 @@
+"""Running a plan: stages in order, into OUT.partial, verified, then one rename.
+
+    OUT.partial/.lock            held while a conversion runs
+    OUT.partial/journal.jsonl    finished files
+    OUT.partial/stages/N/        checkpoints between stages
+    OUT.partial/checkpoint/      what becomes OUT
+
+A killed conversion leaves OUT.partial; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint.dtypes import SAFETENSORS_NAMES
+from surgery.checkpoint.journal import Finished, Journal, exclusive, read_journal, start_journal, sync_folder
+from surgery.checkpoint.layout import index_bytes, lay_out
+from surgery.checkpoint.reader import Checkpoint, open_checkpoint
+from surgery.checkpoint.resolve import open_base
+from surgery.checkpoint.writer import Job, environment_errors, hash_file, write_file, write_shards
+from surgery.emission.checkpoint import write_small_files
+from surgery.emission.lock import LOCK, lock_bytes, make_lock
+from surgery.errors import DiskFull, OutputExists, VerificationFailure
+from surgery.planning import Draft, Plan, make_plan, open_draft
+from surgery.progress import Progress, Report, silent
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    from surgery.manifest import Manifest
+    from surgery.operations.base import Statistics, Step
+    from surgery.verification import Verification
+
+_OURS = (".lock", "journal.jsonl", "stages", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did. `verification` is None where the manifest says `verify: false`."""
+
+    out: Path
+    plan: Plan
+    lock: Mapping[str, Any]
+    verification: Verification | None
+    seconds: float
+    resumed_files: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that the stages of one conversion share."""
+
+    manifest: Manifest
+    partial: Path
+    journal: Journal
+    workers: int
+    link: bool
+    device: str
+    statistics: Path
+    report: Report
+    measured: dict[str, Statistics] = field(default_factory=dict)
+    unchanged: dict[str, Finished] = field(default_factory=dict)
+
+
+def convert(
+    base: str,
+    out: Path | str,
+    manifest: Manifest,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    link: bool = False,
+    device: str = "cpu",
+    workers: int | None = None,
+    statistics: Path | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    report: Report = silent,
+) -> Conversion:
+    """Convert `base` into the folder `out` as `manifest` says.
+
+    base       a folder, `id@revision[:subfolder]` or `builtin:NAME`
+    resume     go on from an interrupted run of the same conversion
+    overwrite  replace an `out` that surgery wrote
+    link       hard-link files that do not change, instead of copying them
+    workers    shards written at once (default: the cores, at most 4)
+    statistics folder in which calibration results are kept for reuse
+
+    Raises the errors of `surgery.errors`; `out` appears complete and verified, or not at all.
+    """
+    started = time.monotonic()
+    out = Path(out).absolute()
+    checkpoint = open_base(base, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    workers = workers or min(os.cpu_count() or 1, 4)
+    plan = make_plan(checkpoint, manifest, workers=workers)
+    _check_place(checkpoint, out, overwrite=overwrite)
+    partial = out.with_name(out.name + ".partial")
+    _check_disk(partial, plan)
+    with environment_errors(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+    with exclusive(partial):
+        journal = _open_journal(partial, _fingerprint(checkpoint, manifest), resume=resume)
+        resumed = len(journal.finished)
+        folder = statistics or Path.home() / ".cache" / "surgery" / "statistics"
+        run = _Run(manifest, partial, journal, workers, link, device, folder, report)
+        lock, verification = _run_stages(run, checkpoint, plan)
+        _put_in_place(partial, out, overwrite=overwrite)
+    shutil.rmtree(partial)
+    return Conversion(out, plan, lock, verification, time.monotonic() - started, resumed)
+
+
+def _run_stages(run: _Run, checkpoint: Checkpoint, plan: Plan) -> tuple[dict[str, Any], Verification | None]:
+    current, draft = checkpoint, open_draft(checkpoint)
+    edited = False
+    for number, step in enumerate(run.manifest.steps):
+        found: Statistics | None = None
+        if step.measures:
+            if edited:
+                folder = run.partial / "stages" / str(number)
+                _write(run, current, draft, folder, None)
+                current = open_checkpoint(folder, trust_remote_code=True)
+                draft, edited = open_draft(current), False
+            found = _measure(run, current, step, number)
+            run.measured[f"{number}.{step.operation.name}"] = found
+        step.edit(draft, found)
+        edited = True
+    final = run.partial / "checkpoint"
+    if run.manifest.output.dtype != "keep":
+        draft.cast(SAFETENSORS_NAMES[run.manifest.output.dtype])
+    outputs = _write(run, current, draft, final, run.manifest.output.shard_bytes)
+    return _finish(run, checkpoint, plan, draft, outputs, _hash_inputs(run, checkpoint))
+
+
+def _write(
+    run: _Run, checkpoint: Checkpoint, draft: Draft, folder: Path, shard_bytes: int | None
+) -> dict[str, Finished]:
+    """Write one checkpoint folder: weights, index, config, code and what came with the base."""
+    with environment_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    shards = lay_out(checkpoint, draft.tensors, shard_bytes)
+    total = sum(shard.data_bytes for shard in shards)
+    counted, guard = [0], threading.Lock()
+
+    def progress(count: int) -> None:
+        with guard:
+            counted[0] += count
+            run.report(Progress("write", min(counted[0], total), total, "B"))
+
+    prefix = f"{folder.relative_to(run.partial)}/"
+    job = Job(checkpoint, folder, prefix, run.journal, run.workers, run.link, progress)
+    outputs = write_shards(job, shards)
+    if folder.name == "checkpoint":
+        run.unchanged.update({s.unchanged: outputs[s.name] for s in shards if s.unchanged})
+    index = index_bytes(shards)
+    if index is not None:
+        outputs[index[0]] = write_file(folder / index[0], index[1])
+    for file in write_small_files(checkpoint, draft, folder):
+        outputs[file.file] = file
+    sync_folder(folder)
+    return outputs
+
+
+def _measure(run: _Run, checkpoint: Checkpoint, step: Step, number: int) -> Statistics:
+    from surgery.calibration.stage import measure
+
+    return measure(
+        checkpoint, step, run.manifest.calibration, folder=run.statistics, device=run.device,
+        report=run.report, stage=f"calibrate {step.operation.name}",
+    )  # fmt: skip
+
+
+def _finish(
+    run: _Run, base: Checkpoint, plan: Plan, draft: Draft, outputs: dict[str, Finished], inputs: dict[str, Finished]
+) -> tuple[dict[str, Any], Verification | None]:
+    """Verify, then write the card and the lock, which hold the verification's figures."""
+    from surgery.emission.card import card_bytes
+
+    folder = run.partial / "checkpoint"
+    verification = _verify(run, base, plan, draft, folder)
+    lock = make_lock(base, run.manifest, run.measured, inputs, verification)
+    card = write_file(folder / "README.md", card_bytes(base, plan, draft, run.manifest, outputs, verification))
+    outputs = {**outputs, card.file: card}
+    lock["outputs"] = {f.file: {"sha256": f.sha256, "bytes": f.bytes} for f in sorted(outputs.values(), key=lambda f: f.file)}
+    write_file(folder / LOCK, lock_bytes(lock))
+    sync_folder(folder)
+    return lock, verification
+
+
+def _verify(run: _Run, base: Checkpoint, plan: Plan, draft: Draft, folder: Path) -> Verification | None:
+    from surgery.verification import verify_conversion
+
+    if run.manifest.verify is None:
+        return None
+    run.report(Progress("verify", 0, 1, "process"))
+    verification = verify_conversion(folder, base, draft.config, run.manifest.verify, identical=not run.manifest.steps)
+    failed = [check for check in verification.checks if check.status == "fail"]
+    if failed:
+        raise VerificationFailure(
+            f"the result fails {len(failed)} of {len(verification.checks)} checks: "
+            + ", ".join(check.name for check in failed),
+            cause=f"{failed[0].name}: {failed[0].detail}",
+            remedy=f"nothing was put in place; look at {folder}, change the manifest, or set verify: false to keep it",
+        )
+    run.report(Progress("verify", 1, 1, "process"))
+    return verification
+
+
+def _hash_inputs(run: _Run, checkpoint: Checkpoint) -> dict[str, Finished]:
+    """Hash every file of the base that was read; files copied unchanged were hashed on the way."""
+    names = ["config.json", *checkpoint.shards, *(f.name for f in checkpoint.side_files if not f.dropped)]
+    left = [name for name in names if name not in run.unchanged]
+    with ThreadPoolExecutor(max_workers=run.workers) as pool:
+        hashed = dict(zip(left, pool.map(lambda name: hash_file(checkpoint.path(name)), left), strict=True))
+    return {name: run.unchanged.get(name) or hashed[name] for name in names}
+
+
+def _fingerprint(checkpoint: Checkpoint, manifest: Manifest) -> str:
+    parts = (__version__, manifest.sha256(), checkpoint.source, str(checkpoint.revision), checkpoint.fingerprint())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    base = checkpoint.folder.resolve()
+    real = out.resolve()
+    if real == base or base in real.parents or real in base.parents:
+        raise OutputExists(
+            f"OUT {out} and the base share a folder", cause="a conversion never writes into its base",
+            remedy="choose an OUT outside of the base",
+        )  # fmt: skip
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise OutputExists(f"{out} exists", cause="nothing is replaced unasked", remedy="choose another OUT, or pass --overwrite")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / LOCK).is_file()):
+        raise OutputExists(
+            f"{out} was not written by surgery", cause=f"it has no {LOCK}, and what surgery did not write it does not delete",
+            remedy="move it away yourself, or choose another OUT",
+        )  # fmt: skip
+
+
+def _check_disk(partial: Path, plan: Plan) -> None:
+    place = next(parent for parent in partial.parents if parent.exists())
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+    free = shutil.disk_usage(place).free + there
+    if free < plan.disk_needed:
+        raise DiskFull(
+            f"{place} has {free / 1e9:.2f} GB free, the conversion needs {plan.disk_needed / 1e9:.2f} GB",
+            cause="the whole result is written before it is put in place",
+            remedy="free space, or name an OUT on another disk",
+        )
+
+
+def _open_journal(partial: Path, fingerprint: str, *, resume: bool) -> Journal:
+    strange = sorted(entry.name for entry in partial.iterdir() if entry.name not in _OURS)
+    if strange:
+        raise OutputExists(
+            f"{partial} holds {strange[0]!r}, which surgery did not write", cause="nothing of others is deleted",
+            remedy="move it away, or choose another OUT",
+        )  # fmt: skip
+    earlier = read_journal(partial)
+    if earlier is not None and resume and earlier[0] == fingerprint:
+        return earlier[1]
+    for name in ("stages", "checkpoint"):
+        shutil.rmtree(partial / name, ignore_errors=False) if (partial / name).exists() else None
+    return start_journal(partial, fingerprint)
+
+
+def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
+    replaced = out.with_name(out.name + ".replaced")
+    with environment_errors(out):
+        if overwrite and out.exists():
+            out.rename(replaced)
+        (partial / "checkpoint").rename(out)
+        sync_folder(out.parent)
+        if overwrite and replaced.exists():
+            shutil.rmtree(replaced)

@@ -1,0 +1,1 @@
+"""Numbers that plans, cards and benchmarks share."""

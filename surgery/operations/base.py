@@ -1,0 +1,118 @@
+"""What an operation is: a value made of typed settings and a few pure functions.
+
+Most operations need only `refuses` and `edit`. Those that must see activations also say when (`measures`) and how
+(`measure`); the statistics come back into `edit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from surgery.architectures import Model
+from surgery.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.planning import Draft
+
+
+class Settings(BaseModel):
+    """Base of every operation's settings: frozen, strict, unknown keys refused.
+
+    Each field has a description with its unit, and the paper's symbol where it has one; help texts, the JSON Schema
+    and the tables of the docs and the card are generated from them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a measurement found: tensors, plain facts, and the fingerprint of what they were measured on."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What a measurement may use.
+
+    `network` is the loaded transformers model in eval mode (parts of it may be offloaded by accelerate), `model` its
+    sizes and names, `windows` the calibration tokens [N, T]. `progress` takes (done, of).
+    """
+
+    network: Any
+    model: Model
+    windows: Tensor
+    seed: int
+    progress: Callable[[int, int], None] = lambda done, of: None
+
+
+def never(settings: Any) -> bool:
+    """For operations that measure nothing."""
+    return False
+
+
+@dataclass(frozen=True)
+class Operation(Generic[S]):
+    """One surgery.
+
+    name        as manifests spell it
+    title       a short line for tables
+    source      paper and section, or whose idea it is
+    settings    the type of its settings
+    refuses     a reason why the operation does not fit a model with these settings, or None
+    edit        changes the draft; `statistics` is None while planning, and wherever `measures` is False
+    measures    whether these settings need calibration
+    measure     runs the model and returns statistics
+    after       operations it may follow in one manifest; `never_with` cannot be combined at all
+    lossless    whether the result computes exactly what the base computes, with these settings
+    """
+
+    name: str
+    title: str
+    source: str
+    settings: type[S]
+    refuses: Callable[[Model, S], str | None]
+    edit: Callable[[Draft, S, Statistics | None], None]
+    measures: Callable[[S], bool] = never
+    measure: Callable[[Measuring, S], Statistics] | None = None
+    after: frozenset[str] = field(default_factory=frozenset)
+    before: frozenset[str] = field(default_factory=frozenset)
+    never_with: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation with the settings that a manifest gave it."""
+
+    operation: Operation[Any]
+    settings: Any
+
+    @property
+    def measures(self) -> bool:
+        """Whether this step needs calibration."""
+        return self.operation.measures(self.settings)
+
+    def check(self, model: Model) -> None:
+        """Raises UnsupportedModel where the operation does not fit."""
+        reason = self.operation.refuses(model, self.settings)
+        if reason is not None:
+            raise UnsupportedModel(
+                f"{self.operation.name} does not fit this model", cause=reason,
+                remedy=f"see: surgery operations {self.operation.name}",
+            )  # fmt: skip
+
+    def edit(self, draft: Draft, statistics: Statistics | None) -> None:
+        """Apply the operation to a draft."""
+        self.operation.edit(draft, self.settings, statistics)

@@ -1,0 +1,313 @@
+"""What a conversion will do, known before any weight is read.
+
+Operations edit a `Draft`: config fields, tensor expressions, runtime parts. The `Plan` is what can be told about the
+draft: bytes, memory, cache, stages, code, and the ledger of every tensor. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from surgery.architectures import Architecture, Model, find_architecture
+from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES
+from surgery.checkpoint.expressions import Computed, Rewrite, Stored, Tensors, TensorSpec, Value, sources
+from surgery.checkpoint.layout import Shard, index_bytes, lay_out
+from surgery.checkpoint.reader import Checkpoint
+from surgery.emission.code import RuntimePart
+from surgery.errors import InternalError, UnsupportedModel
+from surgery.metrics.cache import cache_bytes_per_token
+
+if TYPE_CHECKING:
+    from surgery.manifest import Manifest
+    from surgery.operations.base import Step
+
+# Measured on CPython 3.11 with `tools/bench_stream`: the interpreter with this package, and what importing torch adds.
+INTERPRETER_BYTES = 70_000_000
+TORCH_BYTES = 330_000_000
+SMALL_FILES_BYTES = 64 << 20
+
+
+class _Shapes(Mapping[str, tuple[int, ...]]):
+    """The shapes of a draft's tensors, always as they are now."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self._draft.tensors[name].spec.shape
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._draft.tensors)
+
+    def __len__(self) -> int:
+        return len(self._draft.tensors)
+
+
+@dataclass
+class Draft:
+    """A checkpoint in the making; the one mutable thing that operations see.
+
+    `config` is the language model's config, nested in `root` for multimodal models (the same object otherwise).
+    `parts` are the runtime files that the result needs; none means that a stock class holds it.
+    """
+
+    architecture: Architecture | None
+    root: dict[str, Any]
+    config: dict[str, Any]
+    tensors: dict[str, Value]
+    parts: list[RuntimePart] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> Model:
+        """The draft as operations see a model. Raises UnsupportedModel for families without a data file."""
+        return Model(self.architecture or find_architecture(self.config), self.config, _Shapes(self))
+
+    def spec(self, name: str) -> TensorSpec:
+        """Type and shape of a tensor as it is now."""
+        return self.tensors[name].spec
+
+    def rewrite(
+        self,
+        inputs: Sequence[str],
+        outputs: Mapping[str, TensorSpec],
+        function: Callable[[Tensors], Tensors],
+        *,
+        why: str,
+        work_bytes: int = 0,
+    ) -> None:
+        """Replace the tensors `inputs` by `outputs`, computed by `function` (see `Rewrite`)."""
+        rewrite = Rewrite({name: self.tensors[name] for name in inputs}, dict(outputs), function, why, work_bytes)
+        clash = [name for name in outputs if name in self.tensors and name not in inputs]
+        if clash:
+            raise InternalError(
+                f"an operation would overwrite {clash[0]!r}", cause="it is not among the inputs of the rewrite",
+                remedy="report this as a defect, with the manifest",
+            )  # fmt: skip
+        made: dict[str, Value] = {name: Computed(rewrite, name) for name in outputs}
+        consumed = set(inputs)
+        if consumed >= set(made):  # the common case, without rebuilding a map of 10^5 names
+            self.tensors.update(made)
+            for name in consumed - set(made):
+                del self.tensors[name]
+            return
+        rebuilt: dict[str, Value] = {}
+        for name, value in self.tensors.items():
+            if name not in consumed:
+                rebuilt[name] = value
+            elif made:
+                rebuilt.update(made)
+                made = {}
+        self.tensors = rebuilt
+
+    def drop(self, names: Sequence[str], why: str) -> None:
+        """Leave tensors out of the result, with the reason for the ledger."""
+        gone = set(names)
+        self.dropped.update(dict.fromkeys(names, why))
+        self.tensors = {name: value for name, value in self.tensors.items() if name not in gone}
+
+    def cast(self, dtype: str) -> None:
+        """Store every floating tensor as `dtype` (safetensors name)."""
+
+        def cast_one(name: str) -> Callable[[Tensors], Tensors]:
+            def function(tensors: Tensors) -> Tensors:
+                import torch
+
+                return {name: tensors[name].to(getattr(torch, TORCH_NAMES[dtype]))}
+
+            return function
+
+        cast: dict[str, Value] = {}
+        for name, value in self.tensors.items():
+            spec = value.spec
+            if spec.dtype in FLOATING and spec.dtype != dtype:
+                outputs = {name: TensorSpec(dtype, spec.shape)}
+                value = Computed(Rewrite({name: value}, outputs, cast_one(name), f"stored as {dtype}"), name)
+            cast[name] = value
+        self.tensors = cast
+        self.config["torch_dtype"] = self.root["torch_dtype"] = TORCH_NAMES[dtype]
+        self.config.pop("dtype", None)
+        self.root.pop("dtype", None)
+
+
+def open_draft(checkpoint: Checkpoint) -> Draft:
+    """A draft that is the checkpoint itself."""
+    root = copy.deepcopy(dict(checkpoint.config))
+    try:
+        architecture: Architecture | None = find_architecture(root)
+    except UnsupportedModel:
+        architecture = None
+    config = root
+    if architecture is not None and architecture.text_config is not None:
+        config = root[architecture.text_config]
+    return Draft(architecture, root, config, {name: Stored(info) for name, info in checkpoint.tensors.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """What becomes of one tensor: `kept`, `rewritten`, `dropped` or `added`; `why` names the cause."""
+
+    name: str
+    fate: str
+    why: str
+
+
+def ledger(checkpoint: Checkpoint, draft: Draft) -> tuple[LedgerEntry, ...]:
+    """The account of every base tensor and every added one. Raises InternalError where one is unaccounted for."""
+    used: dict[str, str] = {}
+    kept: set[str] = set()
+    for value in draft.tensors.values():
+        if isinstance(value, Stored):
+            kept.add(value.info.name)
+        else:
+            used.update({info.name: value.rewrite.why for info in sources(value)})
+    entries = []
+    for name in checkpoint.tensors:
+        if name in kept:
+            entries.append(LedgerEntry(name, "kept", ""))
+        elif name in used:
+            entries.append(LedgerEntry(name, "rewritten", used[name]))
+        elif name in draft.dropped:
+            entries.append(LedgerEntry(name, "dropped", draft.dropped[name]))
+        else:
+            raise InternalError(
+                f"tensor {name!r} is unaccounted for", cause="an operation consumed it without saying why",
+                remedy="report this as a defect, with the manifest",
+            )  # fmt: skip
+    added = [name for name in draft.tensors if name not in checkpoint.tensors]
+    whys = {name: value.rewrite.why for name, value in draft.tensors.items() if isinstance(value, Computed)}
+    return (*entries, *(LedgerEntry(name, "added", whys.get(name, "")) for name in added))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One link of the chain: `measure` runs the model on calibration text, `edit` streams tensors."""
+
+    kind: str
+    title: str
+    operations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do. Sizes are bytes; `estimated` says that widths wait for a measurement."""
+
+    source: str
+    revision: str | None
+    family: str
+    operations: tuple[Mapping[str, Any], ...]
+    stages: tuple[Stage, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_read: int
+    bytes_written: int
+    disk_needed: int
+    peak_memory: int
+    cache_dtype: str
+    cache_bytes_before: int | None
+    cache_bytes_after: int | None
+    code: tuple[str, ...]
+    shards: tuple[str, ...]
+    ledger: tuple[LedgerEntry, ...]
+    side_files: Mapping[str, str]
+    notes: tuple[str, ...]
+    estimated: bool
+
+    @property
+    def fates(self) -> Mapping[str, int]:
+        """How many tensors are kept, rewritten, dropped and added."""
+        return Counter(entry.fate for entry in self.ledger)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the ledger's lines (its counts are there)."""
+        plain = {key: value for key, value in vars(self).items() if key not in {"ledger", "stages"}}
+        plain["stages"] = [{"kind": s.kind, "title": s.title, "operations": list(s.operations)} for s in self.stages]
+        plain["ledger"] = dict(self.fates)
+        return plain
+
+
+def make_plan(checkpoint: Checkpoint, manifest: Manifest, *, workers: int = 2) -> Plan:
+    """Plan a conversion without reading weights. Raises UnsupportedModel where an operation does not fit."""
+    draft = open_draft(checkpoint)
+    before = cache_bytes_per_token(draft.config, storage_dtype(checkpoint))
+    stages, estimated = _dry_run(draft, manifest.steps)
+    if manifest.output.dtype != "keep":
+        draft.cast(SAFETENSORS_NAMES[manifest.output.dtype])
+    shards = lay_out(checkpoint, draft.tensors, manifest.output.shard_bytes)
+    written = sum(len(shard.header) + shard.data_bytes for shard in shards)
+    edits = sum(stage.kind == "edit" for stage in stages)
+    cache_dtype = str(draft.config.get("torch_dtype") or draft.config.get("dtype") or "float32")
+    return Plan(
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        family=draft.architecture.title if draft.architecture else f"unlisted ({draft.config.get('model_type')})",
+        operations=tuple({step.operation.name: step.settings.model_dump(mode="json")} for step in manifest.steps),
+        stages=stages,
+        parameters_before=checkpoint.parameter_count,
+        parameters_after=sum(_elements(value.spec.shape) for value in draft.tensors.values()),
+        bytes_read=_bytes_read(draft, shards),
+        bytes_written=written,
+        disk_needed=written * max(edits, 1) + SMALL_FILES_BYTES,
+        peak_memory=_peak_memory(draft, workers),
+        cache_dtype=cache_dtype,
+        cache_bytes_before=before,
+        cache_bytes_after=cache_bytes_per_token(draft.config, cache_dtype),
+        code=tuple(part.file for part in draft.parts),
+        shards=tuple(shard.name for shard in shards) + ((index[0],) if (index := index_bytes(shards)) else ()),
+        ledger=ledger(checkpoint, draft),
+        side_files={file.name: file.dropped for file in checkpoint.side_files},
+        notes=tuple(draft.notes),
+        estimated=estimated,
+    )
+
+
+def storage_dtype(checkpoint: Checkpoint) -> str:
+    """The torch name of the type that the config states, or else of most weights."""
+    stated = checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype")
+    if isinstance(stated, str):
+        return stated.removeprefix("torch.")
+    count = Counter(info.dtype for info in checkpoint.tensors.values())
+    return TORCH_NAMES.get(count.most_common(1)[0][0], "float32")
+
+
+def _dry_run(draft: Draft, steps: Sequence[Step]) -> tuple[tuple[Stage, ...], bool]:
+    """Apply every operation to the draft without statistics, grouping consecutive edits into one stage."""
+    stages: list[Stage] = []
+    pending: list[str] = []
+    estimated = False
+    for step in steps:
+        step.check(draft.model)
+        if step.measures:
+            if pending:
+                stages.append(Stage("edit", "write the intermediate checkpoint", tuple(pending)))
+                pending = []
+            stages.append(Stage("measure", f"calibrate {step.operation.name}", (step.operation.name,)))
+            estimated = True
+        step.edit(draft, None)
+        pending.append(step.operation.name)
+    if pending or not stages:
+        stages.append(Stage("edit", "write the checkpoint", tuple(pending)))
+    return tuple(stages), estimated
+
+
+def _bytes_read(draft: Draft, shards: Sequence[Shard]) -> int:
+    rewrites = {id(v.rewrite): v for v in draft.tensors.values() if isinstance(v, Computed)}
+    stored = sum(value.info.nbytes for value in draft.tensors.values() if isinstance(value, Stored))
+    return stored + sum(info.nbytes for value in rewrites.values() for info in sources(value))
+
+
+def _peak_memory(draft: Draft, workers: int) -> int:
+    peaks = [value.rewrite.peak_bytes for value in draft.tensors.values() if isinstance(value, Computed)]
+    return INTERPRETER_BYTES + (TORCH_BYTES + workers * max(peaks) if peaks else 0) + workers * (8 << 20)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
