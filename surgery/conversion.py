@@ -11,16 +11,19 @@ A killed conversion leaves OUT.partial; the same command goes on from there.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.calibration.documents import calibration_source, evaluation_text
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES
 from surgery.checkpoint.journal import Finished, Journal, exclusive, read_journal, start_journal, sync_folder
 from surgery.checkpoint.layout import index_bytes, lay_out
@@ -30,7 +33,7 @@ from surgery.checkpoint.writer import Job, environment_errors, hash_file, write_
 from surgery.emission.checkpoint import write_small_files
 from surgery.emission.lock import LOCK, lock_bytes, make_lock
 from surgery.errors import DiskFull, OutputExists, VerificationFailure
-from surgery.planning import Draft, Plan, make_plan, open_draft
+from surgery.planning import Draft, Plan, describe, make_plan, open_draft
 from surgery.progress import Progress, Report, silent
 from surgery.version import __version__
 
@@ -107,17 +110,19 @@ def convert(
     with environment_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
     with exclusive(partial):
-        journal = _open_journal(partial, _fingerprint(checkpoint, manifest), resume=resume)
+        journal = _open_journal(partial, _fingerprint(checkpoint, manifest, plan), resume=resume)
         resumed = len(journal.finished)
         folder = statistics or Path.home() / ".cache" / "surgery" / "statistics"
         run = _Run(manifest, partial, journal, workers, link, device, folder, report)
-        lock, verification = _run_stages(run, checkpoint, plan)
+        plan, lock, verification = _run_stages(run, checkpoint, plan)
         _put_in_place(partial, out, overwrite=overwrite)
     shutil.rmtree(partial)
     return Conversion(out, plan, lock, verification, time.monotonic() - started, resumed)
 
 
-def _run_stages(run: _Run, checkpoint: Checkpoint, plan: Plan) -> tuple[dict[str, Any], Verification | None]:
+def _run_stages(
+    run: _Run, checkpoint: Checkpoint, plan: Plan
+) -> tuple[Plan, dict[str, Any], Verification | None]:
     current, draft = checkpoint, open_draft(checkpoint)
     edited = False
     for number, step in enumerate(run.manifest.steps):
@@ -136,7 +141,22 @@ def _run_stages(run: _Run, checkpoint: Checkpoint, plan: Plan) -> tuple[dict[str
     if run.manifest.output.dtype != "keep":
         draft.cast(SAFETENSORS_NAMES[run.manifest.output.dtype])
     outputs = _write(run, current, draft, final, run.manifest.output.shard_bytes)
-    return _finish(run, checkpoint, plan, draft, outputs, _hash_inputs(run, checkpoint))
+    plan = _settled(run, checkpoint, current, plan, draft)
+    lock, verification = _finish(run, checkpoint, plan, draft, outputs, _hash_inputs(run, checkpoint))
+    return plan, lock, verification
+
+
+def _settled(run: _Run, base: Checkpoint, last: Checkpoint, plan: Plan, draft: Draft) -> Plan:
+    """The plan with what measuring decided. After intermediate checkpoints the ledger stays that of the dry run."""
+    if not plan.estimated:
+        return plan
+    known = describe(last, draft, run.manifest, plan.stages, estimated=False, workers=run.workers)
+    if last is base:
+        return known
+    return replace(
+        plan, estimated=False, parameters_after=known.parameters_after, bytes_written=known.bytes_written,
+        cache_bytes_after=known.cache_bytes_after, code=known.code, shards=known.shards,
+    )  # fmt: skip
 
 
 def _write(
@@ -184,7 +204,7 @@ def _finish(
     from surgery.emission.card import card_bytes
 
     folder = run.partial / "checkpoint"
-    verification = _verify(run, base, plan, draft, folder)
+    verification = _verify(run, base, plan, folder)
     lock = make_lock(base, run.manifest, run.measured, inputs, verification)
     card = write_file(folder / "README.md", card_bytes(base, plan, draft, run.manifest, outputs, verification))
     outputs = {**outputs, card.file: card}
@@ -194,23 +214,38 @@ def _finish(
     return lock, verification
 
 
-def _verify(run: _Run, base: Checkpoint, plan: Plan, draft: Draft, folder: Path) -> Verification | None:
-    from surgery.verification import verify_conversion
+def _verify(run: _Run, base: Checkpoint, plan: Plan, folder: Path) -> Verification | None:
+    """Try the result in a fresh process. Raises VerificationFailure where a check fails."""
+    from surgery.verification import Promises, Trial, verify
 
-    if run.manifest.verify is None:
+    wanted = run.manifest.verify
+    if wanted is None:
         return None
     run.report(Progress("verify", 0, 1, "process"))
-    verification = verify_conversion(folder, base, draft.config, run.manifest.verify, identical=not run.manifest.steps)
-    failed = [check for check in verification.checks if check.status == "fail"]
-    if failed:
+    promises = Promises(
+        kv_bytes_per_token=plan.cache_bytes_after,
+        kv_dtype=plan.cache_dtype,
+        static_cache=True,
+        max_perplexity_ratio=wanted.max_perplexity_ratio,
+        identical=not run.manifest.steps,
+    )
+    with tempfile.TemporaryDirectory(prefix="surgery-verify-") as work:
+        text = None
+        if wanted.text is not None and (base.folder / "tokenizer_config.json").is_file():
+            text = Path(work) / "heldout.txt"
+            text.write_text(evaluation_text(wanted.text), encoding="utf-8")
+        trial = Trial(text=text, device=run.device)
+        found = verify(folder, against=base.folder, trust_base_code=base.remote_code, promises=promises, trial=trial)
+    if not found.passed:
+        first = found.failures[0]
         raise VerificationFailure(
-            f"the result fails {len(failed)} of {len(verification.checks)} checks: "
-            + ", ".join(check.name for check in failed),
-            cause=f"{failed[0].name}: {failed[0].detail}",
+            f"the result fails {len(found.failures)} of {len(found.checks)} checks: "
+            + ", ".join(check.name for check in found.failures),
+            cause=f"{first.name}: {first.detail}"[:600],
             remedy=f"nothing was put in place; look at {folder}, change the manifest, or set verify: false to keep it",
         )
     run.report(Progress("verify", 1, 1, "process"))
-    return verification
+    return found
 
 
 def _hash_inputs(run: _Run, checkpoint: Checkpoint) -> dict[str, Finished]:
@@ -222,8 +257,11 @@ def _hash_inputs(run: _Run, checkpoint: Checkpoint) -> dict[str, Finished]:
     return {name: run.unchanged.get(name) or hashed[name] for name in names}
 
 
-def _fingerprint(checkpoint: Checkpoint, manifest: Manifest) -> str:
-    parts = (__version__, manifest.sha256(), checkpoint.source, str(checkpoint.revision), checkpoint.fingerprint())
+def _fingerprint(checkpoint: Checkpoint, manifest: Manifest, plan: Plan) -> str:
+    """What must be equal for an interrupted run to go on: base, manifest, the text that is measured on, version."""
+    parts = [__version__, manifest.sha256(), checkpoint.source, str(checkpoint.revision), checkpoint.fingerprint()]
+    if plan.estimated:
+        parts.append(json.dumps(calibration_source(manifest.calibration), sort_keys=True))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.architectures import Architecture, Model, find_architecture
 from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES
 from surgery.checkpoint.expressions import Computed, Rewrite, Stored, Tensors, TensorSpec, Value, sources
-from surgery.checkpoint.layout import Shard, index_bytes, lay_out
+from surgery.checkpoint.layout import index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.code import RuntimePart
 from surgery.errors import InternalError, UnsupportedModel
@@ -234,14 +234,23 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, manifest: Manifest, *, workers: int = 2) -> Plan:
     """Plan a conversion without reading weights. Raises UnsupportedModel where an operation does not fit."""
     draft = open_draft(checkpoint)
-    before = cache_bytes_per_token(draft.config, storage_dtype(checkpoint))
     stages, estimated = _dry_run(draft, manifest.steps)
     if manifest.output.dtype != "keep":
         draft.cast(SAFETENSORS_NAMES[manifest.output.dtype])
+    return describe(checkpoint, draft, manifest, stages, estimated=estimated, workers=workers)
+
+
+def describe(
+    checkpoint: Checkpoint, draft: Draft, manifest: Manifest, stages: tuple[Stage, ...], *, estimated: bool, workers: int
+) -> Plan:
+    """The plan of a draft whose operations have been applied."""
     shards = lay_out(checkpoint, draft.tensors, manifest.output.shard_bytes)
+    index = index_bytes(shards)
     written = sum(len(shard.header) + shard.data_bytes for shard in shards)
     edits = sum(stage.kind == "edit" for stage in stages)
-    cache_dtype = str(draft.config.get("torch_dtype") or draft.config.get("dtype") or "float32")
+    dtype = storage_dtype(checkpoint)
+    cache_dtype = str(draft.config.get("torch_dtype") or dtype).removeprefix("torch.")
+    original = open_draft(checkpoint).config
     return Plan(
         source=checkpoint.source,
         revision=checkpoint.revision,
@@ -250,15 +259,15 @@ def make_plan(checkpoint: Checkpoint, manifest: Manifest, *, workers: int = 2) -
         stages=stages,
         parameters_before=checkpoint.parameter_count,
         parameters_after=sum(_elements(value.spec.shape) for value in draft.tensors.values()),
-        bytes_read=_bytes_read(draft, shards),
+        bytes_read=_bytes_read(draft),
         bytes_written=written,
         disk_needed=written * max(edits, 1) + SMALL_FILES_BYTES,
         peak_memory=_peak_memory(draft, workers),
         cache_dtype=cache_dtype,
-        cache_bytes_before=before,
+        cache_bytes_before=cache_bytes_per_token(original, dtype),
         cache_bytes_after=cache_bytes_per_token(draft.config, cache_dtype),
         code=tuple(part.file for part in draft.parts),
-        shards=tuple(shard.name for shard in shards) + ((index[0],) if (index := index_bytes(shards)) else ()),
+        shards=(*(shard.name for shard in shards), *((index[0],) if index else ())),
         ledger=ledger(checkpoint, draft),
         side_files={file.name: file.dropped for file in checkpoint.side_files},
         notes=tuple(draft.notes),
@@ -295,7 +304,7 @@ def _dry_run(draft: Draft, steps: Sequence[Step]) -> tuple[tuple[Stage, ...], bo
     return tuple(stages), estimated
 
 
-def _bytes_read(draft: Draft, shards: Sequence[Shard]) -> int:
+def _bytes_read(draft: Draft) -> int:
     rewrites = {id(v.rewrite): v for v in draft.tensors.values() if isinstance(v, Computed)}
     stored = sum(value.info.nbytes for value in draft.tensors.values() if isinstance(value, Stored))
     return stored + sum(info.nbytes for value in rewrites.values() for info in sources(value))

@@ -22,12 +22,14 @@ def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = N
 
     `max_memory` is the bytes of weights that may be resident; None takes half of what the machine has free.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PretrainedConfig
 
     dtype = torch.float32 if checkpoint.parameter_count * 4 <= FLOAT32_LIMIT else "auto"
     needed = checkpoint.parameter_count * 4 if dtype == torch.float32 else checkpoint.tensor_bytes
     limit = max_memory if max_memory is not None else _free_memory() // 2
-    settings: dict[str, Any] = {"torch_dtype": dtype, "attn_implementation": "sdpa"}
+    # The argument was renamed, with a warning, in the release in which configs got the attribute.
+    name = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
+    settings: dict[str, Any] = {name: dtype, "attn_implementation": "sdpa"}
     settings["trust_remote_code"] = checkpoint.remote_code
     with tempfile.TemporaryDirectory(prefix="surgery-offload-") as folder:
         if device != "cpu":

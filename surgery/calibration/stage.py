@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from surgery.calibration.loading import loaded_model
-from surgery.calibration.text import Windows, read_text, sampled_windows, text_windows
+from surgery.calibration.documents import calibration_source
+from surgery.calibration.text import Windows, sampled_windows, text_windows
+from surgery.checkpoint.evaluate import load
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.writer import environment_errors
 from surgery.errors import UsageError
@@ -69,7 +71,8 @@ def measure(
         windows = _windows(checkpoint, calibration, network)
         found = step.operation.measure(
             Measuring(
-                network, open_draft(checkpoint).model, windows.tokens, calibration.seed,
+                network, open_draft(checkpoint).model, lambda name: load(checkpoint, checkpoint.tensors[name]),
+                windows.tokens, calibration.seed,
                 lambda done, of: report(Progress(stage, done, of, "layers")),
             ),
             step.settings,
@@ -80,7 +83,7 @@ def measure(
 
 
 def _fingerprint(checkpoint: Checkpoint, step: Step, calibration: Calibration) -> str:
-    source = {"text": "self"} if calibration.text == "self" else read_text(calibration)[1]
+    source = calibration_source(calibration)
     facts = {
         "base": checkpoint.fingerprint(),
         "operation": step.operation.name,

@@ -1,24 +1,22 @@
-"""Calibration text as token windows: plain files, jsonl, a dataset, the built-in text, or text sampled from the base."""
+"""Calibration text as token windows, cut from documents or sampled from the base itself."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from surgery.errors import MissingPackage, SourceUnavailable, UsageError
+from surgery.calibration.documents import read_documents
+from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.manifest import Calibration
 
-# Enough characters that windows can be spread over a text without tokenizing all of a large one.
-CHARACTERS_PER_TOKEN = 32
+# Windows are spread over this many times the tokens that they take, where the text has them.
+SPREAD = 4
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,14 @@ def text_windows(calibration: Calibration, tokenizer: Any, longest: int | None) 
     `longest` bounds the window length (the model's context). Raises UsageError where the text is too short.
     """
     length = min(calibration.length, longest or calibration.length)
-    documents, provenance = read_text(calibration)
+    documents, provenance = read_documents(calibration.text, calibration.field)
     start = _prefix(tokenizer)
     body = length - len(start)
     wanted = calibration.samples * body
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-        if len(ids) >= wanted * 4:
+        if len(ids) >= wanted * SPREAD:
             break
     count = min(len(ids) // body, calibration.samples) if body > 0 else 0
     if count == 0:
@@ -59,70 +57,6 @@ def text_windows(calibration: Calibration, tokenizer: Any, longest: int | None) 
     stream = torch.tensor(ids)
     rows = [torch.cat([torch.tensor(start, dtype=torch.int64), stream[p * body : (p + 1) * body]]) for p in places.sort().values]
     return Windows(torch.stack(rows), {**provenance, "samples": count, "length": length, "seed": calibration.seed})
-
-
-def read_text(calibration: Calibration) -> tuple[Iterator[str], dict[str, Any]]:
-    """The documents of a calibration source, and what identifies it."""
-    text = calibration.text
-    if text == "builtin":
-        from surgery.builtin.text import training_text
-
-        content = training_text()
-        return iter([content]), {"text": "builtin", "sha256": hashlib.sha256(content.encode()).hexdigest()}
-    if isinstance(text, tuple | list):
-        paths = [Path(path) for path in text]
-        hashes = [_file_hash(path) for path in paths]
-        files = [{"name": path.name, "sha256": found} for path, found in zip(paths, hashes, strict=True)]
-        return (document for path in paths for document in _documents(path, calibration.field)), {"files": files}
-    return _dataset(text, calibration.field), {"dataset": text.dataset, "split": text.split}
-
-
-def _documents(path: Path, field: str) -> Iterator[str]:
-    if path.suffix not in {".jsonl", ".json"}:
-        yield _read(path)
-        return
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)[field])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path.name}:{number} has no text under {field!r}", cause=f"{type(error).__name__}: {error}",
-                remedy="each line must be a JSON object; set calibration.field to the key that holds the text",
-            ) from error  # fmt: skip
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceUnavailable(
-            f"{path} cannot be read as text", cause=f"{type(error).__name__}: {error}", remedy="give a UTF-8 text file"
-        ) from error
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(_read(path).encode()).hexdigest()
-
-
-def _dataset(source: Any, field: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise MissingPackage(
-            "a dataset was named but `datasets` is not installed", cause=str(error), remedy="pip install 'surgery[datasets]'"
-        ) from error
-    name, _, revision = source.dataset.partition("@")
-    try:
-        rows = load_dataset(name, split=source.split, revision=revision or None, streaming=True)
-        for row in rows:
-            yield str(row[field])
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceUnavailable(
-            f"the dataset {source.dataset} cannot be read", cause=f"{type(error).__name__}: {error}",
-            remedy="check its name, split and calibration.field, and the connection",
-        ) from error  # fmt: skip
 
 
 def _prefix(tokenizer: Any) -> list[int]:

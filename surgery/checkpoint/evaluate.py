@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES, TORCH_NAMES
 from surgery.checkpoint.expressions import Rewrite, Stored, Value
 from surgery.checkpoint.header import TensorInfo
-from surgery.checkpoint.reader import Checkpoint
+from surgery.checkpoint.reader import Checkpoint, read_into, reading_errors
 from surgery.errors import CorruptCheckpoint, InternalError, UnsupportedModel
 
 
@@ -26,16 +25,9 @@ def load(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     if info.nbytes == 0:
         return torch.empty(info.shape, dtype=dtype)
     buffer = bytearray(info.nbytes)
-    with checkpoint.path(info.shard).open("rb", buffering=0) as file:
-        view, position = memoryview(buffer), 0
-        while position < info.nbytes:
-            count = os.preadv(file.fileno(), [view[position:]], info.offset + position)
-            if count == 0:
-                raise CorruptCheckpoint(
-                    f"{info.shard} became shorter while it was read", cause=f"tensor {info.name!r} ends after the file",
-                    remedy="do not change the base during a conversion; start again",
-                )  # fmt: skip
-            position += count
+    path = checkpoint.path(info.shard)
+    with reading_errors(path), path.open("rb", buffering=0) as file:
+        read_into(file.fileno(), memoryview(buffer), info.offset, info.shard)
     return torch.frombuffer(buffer, dtype=dtype).view(info.shape)
 
 
@@ -48,6 +40,21 @@ def value_of(checkpoint: Checkpoint, value: Value) -> Tensor:
 
 def evaluate(checkpoint: Checkpoint, rewrite: Rewrite) -> Mapping[str, Tensor]:
     """Evaluate a rewrite: all its outputs, checked against what was planned and for NaN and infinity."""
+    with torch.no_grad():
+        outputs = rewrite.function(_inputs(checkpoint, rewrite))
+    for name, spec in rewrite.outputs.items():
+        found = outputs.get(name)
+        if found is None or tuple(found.shape) != spec.shape or _dtype(found) != spec.dtype:
+            got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise InternalError(
+                f"the rewrite of {name!r} gave {got}", cause=f"the plan promised {spec.dtype} {list(spec.shape)}",
+                remedy="report this as a defect, with the manifest",
+            )  # fmt: skip
+        _check_finite(name, found)
+    return {name: outputs[name] for name in rewrite.outputs}
+
+
+def _inputs(checkpoint: Checkpoint, rewrite: Rewrite) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     nested: dict[int, Mapping[str, Tensor]] = {}
     for name, value in rewrite.inputs.items():
@@ -55,26 +62,19 @@ def evaluate(checkpoint: Checkpoint, rewrite: Rewrite) -> Mapping[str, Tensor]:
             inputs[name] = load(checkpoint, value.info)
             _check_finite(name, inputs[name])
         else:
-            known = nested.setdefault(id(value.rewrite), {}) or evaluate(checkpoint, value.rewrite)
-            nested[id(value.rewrite)] = known
-            inputs[name] = known[value.key]
-    with torch.no_grad():
-        outputs = rewrite.function(inputs)
-    for name, spec in rewrite.outputs.items():
-        found = outputs.get(name)
-        if found is None or tuple(found.shape) != spec.shape or SAFETENSORS_NAMES[str(found.dtype)[6:]] != spec.dtype:
-            got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise InternalError(
-                f"the rewrite of {name!r} gave {got}", cause=f"the plan promised {spec.dtype} {list(spec.shape)}",
-                remedy="report this as a defect, with the manifest",
-            )  # fmt: skip
-        _check_finite(name, found)
-    return outputs
+            if id(value.rewrite) not in nested:
+                nested[id(value.rewrite)] = evaluate(checkpoint, value.rewrite)
+            inputs[name] = nested[id(value.rewrite)][value.key]
+    return inputs
+
+
+def _dtype(tensor: Tensor) -> str | None:
+    return SAFETENSORS_NAMES.get(str(tensor.dtype).removeprefix("torch."))
 
 
 def to_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

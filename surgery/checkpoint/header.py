@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from surgery.checkpoint.dtypes import BITS, byte_count
 from surgery.errors import CorruptCheckpoint
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_VALUES = 2_000_000
+MAX_JSON_DEPTH = 64
 MAX_TENSOR_NAME = 512
 MAX_DIMENSIONS = 16
 
@@ -47,28 +50,55 @@ class Header:
     file_bytes: int = 0
 
 
-def parse_json(raw: bytes, what: str) -> Any:
-    """Decode JSON strictly: UTF-8, no duplicate keys, no NaN, bounded nesting. Raises CorruptCheckpoint."""
+def parse_json(raw: bytes, what: str, *, constants: bool = False) -> Any:
+    """Decode JSON strictly: UTF-8, no duplicate keys, bounded size and nesting. Raises CorruptCheckpoint.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice[:80]!r} appears twice")
-        return dict(pairs)
-
-    def no_constant(text: str) -> Any:
-        raise ValueError(f"{text} is not JSON")
-
+    `constants` admits NaN and Infinity, which are no JSON but which Python writes into some configs.
+    """
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        return _strict_json(raw, constants=constants)
     except RecursionError:
         cause = "it is nested too deeply"
     except UnicodeDecodeError as error:
         cause = f"it is not UTF-8 at byte {error.start}"
     except ValueError as error:
         cause = str(error)
-    raise CorruptCheckpoint(f"{what} cannot be read", cause=cause, remedy="download the file again")
+    raise CorruptCheckpoint(f"{what} cannot be read", cause=cause, remedy="download the file again, or correct it")
+
+
+def _strict_json(raw: bytes, *, constants: bool) -> Any:
+    # Commas bound the number of values, so that a small file cannot grow into gigabytes of objects.
+    if raw.count(b",") > MAX_JSON_VALUES:
+        raise ValueError(f"it has more than {MAX_JSON_VALUES} values")
+    constant = float if constants else _no_constant
+    value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=constant)
+    if _deeper_than(value, MAX_JSON_DEPTH):
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
+    return value
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
+    return found
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    """Whether containers nest deeper than `limit`; goes level by level, so that it cannot itself recurse too deep."""
+    level = [value]
+    for _ in range(limit):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            return False
+        level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def read_header(path: Path) -> Header:
@@ -119,23 +149,32 @@ def _tensor(name: str, entry: Any, shard: str, start: int) -> TensorInfo:
         raise _corrupt(shard, f"tensor {shown!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _corrupt(shard, f"tensor {shown!r} has the unknown dtype {str(dtype)[:40]!r}")
+        raise _corrupt(shard, f"tensor {shown!r} has the unknown dtype {_shown(dtype)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in shape):
-        raise _corrupt(shard, f"tensor {shown!r} has the shape {str(shape)[:80]}, not a list of counts")
+        raise _corrupt(shard, f"tensor {shown!r} has the shape {_shown(shape)}, not a list of counts")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise _corrupt(shard, f"tensor {shown!r} has offsets {str(offsets)[:80]}, not two counts")
+        raise _corrupt(shard, f"tensor {shown!r} has offsets {_shown(offsets)}, not two counts")
     begin, end = offsets
+    if not _is_count(math.prod(size for size in shape if size)):
+        raise _corrupt(shard, f"tensor {shown!r} has a shape that no machine can index")
     try:
         needed = byte_count(dtype, tuple(shape))
     except ValueError as error:
         raise _corrupt(shard, f"tensor {shown!r}: {error}") from error
     if end - begin != needed:
-        raise _corrupt(shard, f"tensor {shown!r} needs {needed} bytes for {dtype} {shape}, its offsets give {end - begin}")
+        raise _corrupt(
+            shard, f"tensor {shown!r} takes {needed} bytes as {dtype} {shape}, its offsets give {end - begin}"
+        )
     return TensorInfo(name, dtype, tuple(shape), shard, start + begin, needed)
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
+
+
+def _shown(value: Any) -> str:
+    """A hostile value for a message: short, and printable."""
+    return ascii(value)[:80]
 
 
 def _corrupt(where: Path | str, cause: str) -> CorruptCheckpoint:

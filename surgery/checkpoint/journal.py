@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from surgery.errors import OutputExists
+from surgery.errors import EnvironmentFailure, OutputExists
 
 FORMAT = 1
 NAME = "journal.jsonl"
@@ -78,10 +78,15 @@ def exclusive(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise OutputExists(
                 f"another conversion is writing to {folder.name}", cause="its lock is held",
                 remedy="wait for it, or choose another OUT",
+            ) from error  # fmt: skip
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"{folder.name} cannot be locked", cause=f"{type(error).__name__}: {error.strerror}",
+                remedy="choose an OUT on a file system that has locks",
             ) from error  # fmt: skip
         yield
 
@@ -99,15 +104,17 @@ def _entry(line: bytes) -> Finished | None:
     """One line; None for what a crash tore, which only means that the file is written again."""
     try:
         found = json.loads(line)
-        return Finished(str(found["file"]), int(found["bytes"]), str(found["sha256"]))
+        entry = Finished(found["file"], found["bytes"], found["sha256"])
     except (ValueError, KeyError, TypeError):
         return None
+    return entry if (type(entry.file), type(entry.bytes), type(entry.sha256)) == (str, int, str) else None
 
 
 def _append(path: Path, line: str) -> None:
-    with path.open("ab") as file:
+    with path.open("a+b") as file:
         # After a torn write, start on a line of our own.
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
             file.write(b"\n")
         file.write(line.encode() + b"\n")
         file.flush()

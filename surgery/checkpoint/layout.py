@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from surgery.checkpoint.dtypes import BITS
 from surgery.checkpoint.expressions import Computed, Stored, Value, sources
+from surgery.checkpoint.header import Header
 from surgery.checkpoint.reader import INDEX, SINGLE, Checkpoint
 
 
@@ -45,11 +46,13 @@ def lay_out(checkpoint: Checkpoint, tensors: Mapping[str, Value], shard_size: in
     """Assign tensors to files.
 
     `shard_size` in bytes, or None to keep the base's division (then files that no operation touched stay byte for
-    byte what they were). The outputs of one rewrite always share a file, so each rewrite is evaluated once.
+    byte what they were). The outputs of one rewrite always share a file, so each rewrite is evaluated once, and stand
+    side by side wherever alignment allows, so that it is released at once.
     """
     groups = _group(tensors)
     files = _by_home(checkpoint, groups) if shard_size is None else _by_size(groups, shard_size)
-    names = [SINGLE] if len(files) == 1 else [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    count = len(files)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     return tuple(_finish(checkpoint, name, file) for name, file in zip(names, files, strict=True))
 
 
@@ -74,8 +77,8 @@ def _group(tensors: Mapping[str, Value]) -> list[dict[str, Value]]:
             if known is not None:
                 known[name] = value
                 continue
-            of_rewrite[id(value.rewrite)] = group = {name: value}
-            groups.append(group)
+            groups.append({name: value})
+            of_rewrite[id(value.rewrite)] = groups[-1]
         else:
             groups.append({name: value})
     return groups
@@ -104,12 +107,32 @@ def _by_size(groups: list[dict[str, Value]], limit: int) -> list[dict[str, Value
 
 
 def _finish(checkpoint: Checkpoint, name: str, file: dict[str, Value]) -> Shard:
-    """Widest elements first, so that every tensor is aligned; otherwise in the order given."""
-    ordered = dict(sorted(file.items(), key=lambda item: -BITS[item[1].spec.dtype]))
-    infos = [value.info if isinstance(value, Stored) and value.info.name == key else None for key, value in ordered.items()]
-    first = infos[0]
-    if first is None:
-        return Shard(name, ordered)
-    whole = checkpoint.shards.get(first.shard)
-    same = whole is not None and whole.tensors == tuple(infos) and whole.metadata.get("format") == "pt"
-    return Shard(name, ordered, first.shard if same else None)
+    """The order of the bytes: the base's own where the file stays as it is, otherwise one that aligns every tensor."""
+    home = next((info.shard for value in file.values() for info in sources(value)), None)
+    whole = checkpoint.shards.get(home) if home is not None else None
+    if whole is not None and whole.metadata.get("format") == "pt" and _same(whole, file):
+        return Shard(name, {info.name: file[info.name] for info in whole.tensors}, home)
+    grouped = {key: group[key] for group in _group(file) for key in sorted(group, key=lambda key: -_width(group[key]))}
+    if _aligned(grouped):
+        return Shard(name, grouped)
+    return Shard(name, dict(sorted(file.items(), key=lambda item: -_width(item[1]))))
+
+
+def _same(whole: Header, file: Mapping[str, Value]) -> bool:
+    """Whether a file is exactly the tensors of a base file, under their own names."""
+    kept = {key: value.info for key, value in file.items() if isinstance(value, Stored)}
+    return len(kept) == len(file) and kept == {info.name: info for info in whole.tensors}
+
+
+def _aligned(tensors: Mapping[str, Value]) -> bool:
+    """Whether each tensor, in this order, starts at a multiple of its element's size, as loaders want it."""
+    position = 0
+    for value in tensors.values():
+        if position % max(_width(value) // 8, 1):
+            return False
+        position += value.spec.nbytes
+    return True
+
+
+def _width(value: Value) -> int:
+    return BITS[value.spec.dtype]

@@ -13,20 +13,30 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from surgery.checkpoint.header import Header, TensorInfo, parse_json, read_header
 from surgery.errors import CorruptCheckpoint, SourceUnavailable, UnsafeCheckpoint
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_JSON_BYTES = 256_000_000
+MAX_JSON_BYTES = 64_000_000
 MAX_SHARDS = 100_000
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-_OTHER_WEIGHTS = (".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".mlmodel")
-_CARRIED_FOLDERS = ("additional_chat_templates",)
-_NOT_OURS = ("surgery.lock.json", "README.md", "config.json", INDEX, SINGLE)
+_OTHER_WEIGHTS = (
+    ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".mlmodel"
+)  # fmt: skip
+_CARRIED_FOLDER = "additional_chat_templates"
+_REPLACED = {
+    "README.md": "replaced by the model card of the result",
+    "surgery.lock.json": "replaced by the lock of the result",
+    ".gitattributes": "belongs to the repository, not to the model",
+    ".gitignore": "belongs to the repository, not to the model",
+}
+_VERSION_CONTROL = (".git", ".cache")
+# Keys by which transformers finds Python code, in any of the configs that a loader reads.
+_CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +80,17 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def fingerprint(self) -> str:
-        """A hash that changes when config, headers, sizes or times of the weight files do; reads no weights."""
+        """A hash that changes when config, headers, sizes or times of the files that are read do; reads no weights."""
         digest = hashlib.sha256()
-        digest.update(self.path("config.json").read_bytes())
-        for name, header in self.shards.items():
-            status = self.path(name).stat()
-            digest.update(f"{name}\0{header.sha256}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        for file in self.side_files:
-            digest.update(f"{file.name}\0{file.size}\0{self.path(file.name).stat().st_mtime_ns}\n".encode())
+        with reading_errors(self.folder):
+            digest.update(self.path("config.json").read_bytes())
+            for name, header in self.shards.items():
+                status = self.path(name).stat()
+                digest.update(f"{name}\0{header.sha256}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            for file in self.side_files:
+                if not file.dropped:
+                    status = self.path(file.name).stat()
+                    digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
 
@@ -86,38 +99,78 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open `folder` as a checkpoint.
 
-    Raises SourceUnavailable (no such folder or file), UnsafeCheckpoint (pickle, remote code, links and names that
-    leave the folder) and CorruptCheckpoint (anything that does not agree with the rest).
+    Raises SourceUnavailable (no such folder or file, or it cannot be read), UnsafeCheckpoint (pickle, remote code,
+    links and names that leave the folder) and CorruptCheckpoint (anything that does not agree with the rest).
     """
-    if not folder.is_dir():
-        raise SourceUnavailable(
-            f"{folder} is not a folder", cause="a base is a checkpoint folder, id@revision or builtin:NAME",
-            remedy="check the path, or run: surgery inspect builtin:llama",
-        )  # fmt: skip
-    files = _list_files(folder)
-    config = _read_config(folder, files)
-    remote_code = _check_remote_code(folder, files, config, revision, trust_remote_code)
-    names, weight_map = _shard_names(folder, files)
-    shards = {name: read_header(contained(folder, name)) for name in names}
-    tensors = _account(shards, weight_map)
-    side = tuple(_side_file(name, size, remote_code) for name, size in files.items() if name not in {*_NOT_OURS, *names})
+    with reading_errors(folder):
+        if not folder.is_dir():
+            raise SourceUnavailable(
+                f"{folder} is not a folder", cause="a base is a checkpoint folder, id@revision or builtin:NAME",
+                remedy="check the path, or run: surgery inspect builtin:llama",
+            )  # fmt: skip
+        files = _list_files(folder)
+        config = _read_config(folder, files)
+        remote_code = _check_remote_code(folder, files, config, revision, trusted=trust_remote_code)
+        names, weight_map = _shard_names(folder, files)
+        shards = {name: read_header(contained(folder, name)) for name in names}
+        tensors = _account(shards, weight_map)
+        read = {"config.json", INDEX, *names}
+        side = tuple(
+            _side_file(folder, name, size, remote_code=remote_code) for name, size in files.items() if name not in read
+        )
     return Checkpoint(folder, source or str(folder), revision, config, shards, tensors, side, remote_code)
+
+
+class reading_errors:  # noqa: N801 - reads as a statement: `with reading_errors(path):`
+    """Turns operating-system errors of reading into SourceUnavailable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> Literal[False]:
+        if isinstance(error, OSError):
+            name = error.filename if isinstance(error.filename, str) else str(self.path)
+            raise SourceUnavailable(
+                f"{name[:200]} cannot be read", cause=f"{type(error).__name__}: {error.strerror}",
+                remedy="check that the files are there and that you may read them",
+            ) from error  # fmt: skip
+        return False
+
+
+def read_into(descriptor: int, buffer: memoryview, start: int, name: str) -> None:
+    """Fill `buffer` from byte `start` of an open file named `name`. Raises CorruptCheckpoint where the file ends."""
+    filled = 0
+    while filled < len(buffer):
+        count = os.preadv(descriptor, [buffer[filled:]], start + filled)
+        if count == 0:
+            raise CorruptCheckpoint(
+                f"{name} became shorter while it was read", cause=f"it ends before byte {start + len(buffer)}",
+                remedy="do not change the base during a conversion; start again",
+            )  # fmt: skip
+        filled += count
 
 
 def contained(folder: Path, name: str) -> Path:
     """The path of file `name` of `folder`, refusing names and links that leave it. Raises UnsafeCheckpoint."""
-    if not name or name in {".", ".."} or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+    if not name.isprintable() or name in {"", ".", ".."} or "/" in name or "\\" in name:
         raise UnsafeCheckpoint(
-            f"the file name {name[:80]!r} is refused", cause="shard names must be base names inside the checkpoint folder",
-            remedy="do not use this checkpoint: its index points outside of it",
-        )  # fmt: skip
+            f"the file name {ascii(name)[:80]} is refused",
+            cause="files of a checkpoint have printable base names inside its folder",
+            remedy="do not use this checkpoint: a name in it points elsewhere",
+        )
     path = folder / name
     try:
         real = path.resolve(strict=True)
+    except PermissionError:
+        raise
     except (OSError, RuntimeError) as error:
         raise CorruptCheckpoint(
-            f"{name} is missing", cause=f"{type(error).__name__} when opening it", remedy="download the checkpoint again"
-        ) from error
+            f"{name[:80]} is missing", cause=f"{type(error).__name__} when opening it",
+            remedy="download the checkpoint again",
+        ) from error  # fmt: skip
     if not any(real.is_relative_to(root) for root in _roots(folder)):
         raise UnsafeCheckpoint(
             f"{name} is a link that leaves the checkpoint folder", cause="reading it would copy a file from elsewhere",
@@ -125,8 +178,9 @@ def contained(folder: Path, name: str) -> Path:
         )  # fmt: skip
     if not stat.S_ISREG(real.stat().st_mode):
         raise UnsafeCheckpoint(
-            f"{name} is not a regular file", cause="pipes, devices and folders are not read", remedy="replace it by a file"
-        )
+            f"{name} is not a regular file", cause="pipes, devices and folders are not read",
+            remedy="replace it by a file",
+        )  # fmt: skip
     return path
 
 
@@ -140,17 +194,18 @@ def _roots(folder: Path) -> tuple[Path, ...]:
 
 
 def _list_files(folder: Path) -> dict[str, int]:
-    """Names and sizes of the files, sub-folders included by their relative names, sorted."""
+    """Names and sizes of the files, sorted; folders end in `/`, and of one the files are listed by relative names."""
     found: dict[str, int] = {}
-    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
-        if entry.is_dir(follow_symlinks=False):
-            if entry.name in _CARRIED_FOLDERS:
-                inner = Path(entry.path)
-                found.update({f"{entry.name}/{file}": size for file, size in _list_files(inner).items()})
-            elif entry.name not in {".git", ".cache"}:
-                found[f"{entry.name}/"] = 0
-        elif entry.name not in {".gitattributes", ".gitignore"}:
-            found[entry.name] = entry.stat().st_size if entry.is_file() else 0
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda item: item.name):
+            if entry.name == _CARRIED_FOLDER and entry.is_dir(follow_symlinks=False):
+                inner = _list_files(Path(entry.path))
+                found.update({f"{entry.name}/{name}": size for name, size in inner.items()})
+            elif entry.is_dir() and entry.name != _CARRIED_FOLDER:
+                if entry.name not in _VERSION_CONTROL:
+                    found[f"{entry.name}/"] = 0
+            else:
+                found[entry.name] = entry.stat().st_size if entry.is_file() else 0
     return found
 
 
@@ -169,42 +224,60 @@ def _read_config(folder: Path, files: Mapping[str, int]) -> Mapping[str, Any]:
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """Read one JSON file of a checkpoint folder strictly; raises as `contained` and `parse_json` do."""
+    """Read one JSON file of a checkpoint folder strictly; raises as `contained` and `parse_json` do.
+
+    NaN and Infinity are admitted: Python writes them into configs, for instance as limits of a time step.
+    """
     path = contained(folder, name)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CorruptCheckpoint(f"{name} is too large", cause=f"over {MAX_JSON_BYTES} bytes", remedy="check the file")
-    return parse_json(path.read_bytes(), name)
+    return parse_json(path.read_bytes(), name, constants=True)
 
 
 def _check_remote_code(
-    folder: Path, files: Mapping[str, int], config: Mapping[str, Any], revision: str | None, trusted: bool
+    folder: Path, files: Mapping[str, int], config: Mapping[str, Any], revision: str | None, *, trusted: bool
 ) -> bool:
-    code = sorted(name for name in files if name.endswith(".py"))
-    if not code and "auto_map" not in config:
+    """Whether loading this checkpoint would run code that came with it; refuses where that was not allowed."""
+    others = (name for name in files if name.endswith("config.json") and "/" not in name and name != "config.json")
+    configs = {"config.json": config, **{name: read_json(folder, name) for name in others}}
+    using = [
+        f"{key} in {name}"
+        for name, data in configs.items()
+        if isinstance(data, dict)
+        for key in _CODE_KEYS
+        if key in data
+    ]
+    if not using:
         return False
     if not trusted:
-        what = ", ".join(code[:3]) or "config.json's auto_map"
+        code = [name for name in files if name.endswith(".py")]
         raise UnsafeCheckpoint(
-            f"{folder.name} carries remote code ({what})", cause="surgery never runs a base's code unasked",
+            f"the base carries remote code ({', '.join([using[0], *code[:3]])})",
+            cause="surgery never runs a base's code unasked",
             remedy="read the code, then pass --trust-remote-code with a base pinned as id@40-digit-commit",
-        )  # fmt: skip
+        )
     ours = isinstance(config.get("surgery"), dict)
-    if not ours and (revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision)):
-        raise UnsafeCheckpoint(
-            "the base carries remote code but is not pinned", cause="code of a moving branch can change between runs",
-            remedy="name it as id@40-digit-commit",
-        )  # fmt: skip
+    if not ours and not is_commit(revision):
+        raise unpinned()
     return True
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a whole commit hash, which cannot move."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def unpinned() -> UnsafeCheckpoint:
+    """The refusal of remote code whose commit was not named."""
+    return UnsafeCheckpoint(
+        "the base carries remote code but is not pinned", cause="code of a moving branch can change between runs",
+        remedy="name it as id@40-digit-commit",
+    )  # fmt: skip
+
+
 def _shard_names(folder: Path, files: Mapping[str, int]) -> tuple[list[str], dict[str, str] | None]:
-    """The weight files in order and, for a sharded checkpoint, the index's map of tensor to shard."""
-    if SINGLE in files and INDEX in files:
-        raise CorruptCheckpoint(
-            f"both {SINGLE} and {INDEX} are there", cause="loaders disagree on which of the two counts",
-            remedy="remove the one that is stale",
-        )  # fmt: skip
-    if SINGLE in files:
+    """The weight files in order and, where there is an index, its map of tensor to shard."""
+    if SINGLE in files and INDEX not in files:
         return [SINGLE], None
     if INDEX not in files:
         pickles = [name for name in files if name.endswith(_PICKLES)]
@@ -224,13 +297,21 @@ def _shard_names(folder: Path, files: Mapping[str, int]) -> tuple[list[str], dic
             remedy="download the index again",
         )  # fmt: skip
     names = sorted(set(weight_map.values()))
+    if SINGLE in files and names != [SINGLE]:  # some writers index even a single file
+        raise CorruptCheckpoint(
+            f"{INDEX} does not name {SINGLE}, which is there", cause="loaders disagree on which of the two counts",
+            remedy="remove the one that is stale",
+        )  # fmt: skip
     if len(names) > MAX_SHARDS:
-        raise CorruptCheckpoint(f"{INDEX} names {len(names)} shards", cause=f"over {MAX_SHARDS}", remedy="check the index")
+        raise CorruptCheckpoint(
+            f"{INDEX} names {len(names)} shards", cause=f"over {MAX_SHARDS}", remedy="check the index"
+        )
     for name in names:
         if name.endswith(_PICKLES):
             raise UnsafeCheckpoint(
-                f"the index names the pickle file {name}", cause="unpickling runs code", remedy="convert it to safetensors"
-            )
+                f"the index names the pickle file {ascii(name)[:80]}", cause="unpickling runs code",
+                remedy="convert it to safetensors",
+            )  # fmt: skip
         contained(folder, name)
     return names, weight_map
 
@@ -257,15 +338,20 @@ def _disagree(cause: str) -> CorruptCheckpoint:
     return CorruptCheckpoint("the index and the shards disagree", cause=cause, remedy="download the checkpoint again")
 
 
-def _side_file(name: str, size: int, remote_code: bool) -> SideFile:
+def _side_file(folder: Path, name: str, size: int, *, remote_code: bool) -> SideFile:
+    """Decide on one file; what is to be carried must be a file inside the folder, or a link would publish another."""
     if name.endswith("/"):
         return SideFile(name, 0, "a sub-folder; only the checkpoint's own files are carried")
+    if name in _REPLACED:
+        return SideFile(name, size, _REPLACED[name])
     if name.endswith((*_PICKLES, *_OTHER_WEIGHTS)):
         return SideFile(name, size, "weights of another format, or a file that the index does not name")
     if name.endswith(".index.json"):
         return SideFile(name, size, "the index of weights of another format")
     if name.endswith(".py") and not remote_code:
-        return SideFile(name, size, "code that config.json does not use")
+        return SideFile(name, size, "code that no config of the base uses")
+    inner = name.removeprefix(f"{_CARRIED_FOLDER}/")
+    contained(folder if inner == name else folder / _CARRIED_FOLDER, inner)
     return SideFile(name, size)
 
 

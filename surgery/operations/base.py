@@ -48,11 +48,13 @@ class Measuring:
     """What a measurement may use.
 
     `network` is the loaded transformers model in eval mode (parts of it may be offloaded by accelerate), `model` its
-    sizes and names, `windows` the calibration tokens [N, T]. `progress` takes (done, of).
+    sizes and names, `tensor` reads a stored tensor by name, `windows` are the calibration tokens [N, T]. `progress` takes
+    (done, of).
     """
 
     network: Any
     model: Model
+    tensor: Callable[[str], Tensor]
     windows: Tensor
     seed: int
     progress: Callable[[int, int], None] = lambda done, of: None

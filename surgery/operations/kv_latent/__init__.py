@@ -22,6 +22,9 @@ def refuses(model: Model, settings: KVLatentSettings) -> str | None:
     unfit = _unfit_model(model)
     if unfit is not None:
         return unfit
+    clip = model.config.get(model.architecture.attention.clip or "")
+    if clip is not None and settings.calibrated:
+        return "it clamps queries, keys and values, and a new basis would clamp other numbers; use method: stride"
     model.check_attention()
     qk, vo = widths(model, settings)
     for name, values in (("qk_dim", qk), ("vo_dim", vo)):
@@ -65,6 +68,8 @@ def _unfit_widths(model: Model, settings: KVLatentSettings, qk_dim: int, vo_dim:
         return f"at qk_dim {qk_dim} of {head} the paper's frequencies are not among the model's own"
     if settings.rope == "paper" and settings.qk_select != "stride":
         return "rope: paper changes the frequencies of strided channels; use qk_select: stride"
+    if settings.rope == "paper" and settings.calibrated:
+        return "rope: paper turns channels at other speeds than they were trained with; nothing can be calibrated to that"
     if settings.rope == "paper" and model.rope.kind != "default":
         return f"the paper's spectrum is defined for unscaled RoPE, this model has {model.rope.kind!r}"
     if settings.vo_basis == "stride" and head % vo_dim:

@@ -1,0 +1,78 @@
+"""Operates on trained models: read a checkpoint, apply a manifest's operations, write a checkpoint that loads anywhere.
+
+    import surgery
+
+    manifest = surgery.load_manifest("kv.yaml")
+    print(surgery.plan("builtin:llama", manifest).cache_bytes_after)
+    surgery.convert("builtin:llama", "OUT", manifest)
+
+Names are imported when they are first used: importing `surgery` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    from surgery import operations
+    from surgery.api import plan
+    from surgery.conversion import Conversion, convert, reproduce
+    from surgery.errors import SurgeryError
+    from surgery.inspection import Inspection, inspect
+    from surgery.manifest import Manifest, json_schema, load_manifest, manifest_from_dict
+    from surgery.planning import Plan
+    from surgery.verification import Verification, verify
+
+__all__ = [
+    "Conversion",
+    "Inspection",
+    "Manifest",
+    "Plan",
+    "SurgeryError",
+    "Verification",
+    "__version__",
+    "convert",
+    "inspect",
+    "json_schema",
+    "load_manifest",
+    "manifest_from_dict",
+    "operations",
+    "plan",
+    "reproduce",
+    "verify",
+]
+
+_PLACES = {
+    "Conversion": "conversion",
+    "Inspection": "inspection",
+    "Manifest": "manifest",
+    "Plan": "planning",
+    "SurgeryError": "errors",
+    "Verification": "verification",
+    "convert": "conversion",
+    "inspect": "inspection",
+    "json_schema": "manifest",
+    "load_manifest": "manifest",
+    "manifest_from_dict": "manifest",
+    "plan": "api",
+    "reproduce": "conversion",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        value = getattr(import_module(f"surgery.{_PLACES[name]}"), name)
+    elif name == "operations":  # the package itself: surgery.operations.operations() lists them
+        value = import_module("surgery.operations")
+    else:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,65 @@
+"""`surgery convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgery.cli.options import base_options, choose_base, command, manifest_options, read_manifest, run_options
+from surgery.cli.output import Output
+from surgery.cli.plan import show_plan
+from surgery.cli.results import show_conversion
+
+EXAMPLES = (
+    "surgery convert builtin:llama OUT -o kv_latent:kv_ratio=0.75",
+    "surgery convert path/to/base OUT -m manifest.yaml --set kv_latent.qk_dim=32",
+    "surgery convert OUT -m manifest-with-a-base.yaml --dry-run",
+    "surgery convert path/to/base OUT -m manifests/passthrough.yaml --shard-size 1GB --link",
+)
+
+
+@command("convert", EXAMPLES)
+@click.argument("places", nargs=-1, required=True, metavar="[BASE] OUT")
+@manifest_options
+@click.option("--dry-run", is_flag=True, help="Only show the plan, as surgery plan does.")
+@run_options
+@click.option("--no-verify", is_flag=True, help="Do not load and check the result (verify: false).")
+@base_options
+@click.pass_obj
+def _command(
+    output: Output,
+    places: tuple[str, ...],
+    *,
+    manifest: Path | None,
+    operations: tuple[str, ...],
+    overrides: tuple[str, ...],
+    dtype: str | None,
+    shard_size: str | None,
+    dry_run: bool,
+    no_verify: bool,
+    **run: Any,
+) -> int:
+    """Convert BASE into the folder OUT.
+
+    BASE is a checkpoint folder, id@revision of the Hub, or builtin:NAME; it may be left out where the manifest names
+    one. OUT appears complete and verified, or not at all.
+    """
+    if len(places) > 2:
+        raise click.UsageError(f"there are {len(places)} places, and a conversion has two: BASE and OUT")
+    checked = read_manifest(manifest, operations, overrides, dtype, shard_size, no_verify=no_verify)
+    base = choose_base(places[0] if len(places) == 2 else None, checked)
+    if dry_run:
+        from surgery.api import plan
+
+        safety = {name: run[name] for name in ("trust_remote_code", "allow_pickle")}
+        return show_plan(output, plan(base, checked, **safety))
+    from surgery.conversion import convert
+
+    with output.progress() as report:
+        done = convert(base, Path(places[-1]), checked, report=report, **run)
+    return show_conversion(output, done)
+
+
+command = _command

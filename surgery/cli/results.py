@@ -1,0 +1,72 @@
+"""How a finished conversion and a verification read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from surgery.cli.output import Human, Output, Table
+from surgery.errors import VerificationFailure
+from surgery.sizes import human_size
+
+if TYPE_CHECKING:
+    from surgery.conversion import Conversion
+    from surgery.verification import Verification
+
+_MARKS = {"pass": "ok", "fail": "FAILS", "skip": "skipped"}
+
+
+def show_conversion(output: Output, done: Conversion) -> int:
+    """Print what a conversion did; quiet is the path of OUT."""
+    data = {
+        "out": str(done.out),
+        "plan": done.plan.to_json(),
+        "verification": _verification_json(done.verification) if done.verification else None,
+        "seconds": done.seconds,
+        "resumed_files": done.resumed_files,
+    }
+    return output.result(data, _conversion(done), str(done.out))
+
+
+def show_verification(output: Output, folder: str, found: Verification) -> int:
+    """Print every check; a failed one sets the exit code."""
+    failed = [check for check in found.checks if check.status == "fail"]
+    failure = None
+    if failed:
+        failure = VerificationFailure(
+            f"{len(failed)} of {len(found.checks)} checks failed", cause=f"{failed[0].name}: {failed[0].detail}",
+            remedy="do not use this checkpoint; convert again, or look at the checks above",
+        )  # fmt: skip
+    return output.result(_verification_json(found), _verification(folder, found), failure=failure)
+
+
+def _conversion(done: Conversion) -> Human:
+    plan = done.plan
+    yield f"wrote {done.out}: {human_size(plan.bytes_written)} in {done.seconds:.1f} s"
+    if done.resumed_files:
+        yield f"{done.resumed_files} files were finished by an earlier run"
+    if done.verification is None:
+        yield "it was not verified; do that with: surgery verify " + str(done.out)
+    else:
+        passed = sum(check.status == "pass" for check in done.verification.checks)
+        yield f"verified: {passed} checks passed"
+        yield from _measured(done.verification)
+
+
+def _verification(folder: str, found: Verification) -> Human:
+    yield Table([(check.name, _MARKS[check.status], check.detail) for check in found.checks], ("check", "", "detail"))
+    yield from _measured(found)
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    yield f"{folder}: {'all checks hold' if found.passed else 'checks fail'}" + (f" ({versions})" if versions else "")
+
+
+def _measured(found: Verification) -> Human:
+    if found.measurements:
+        yield Table([(name, f"{value:,.6g}") for name, value in found.measurements.items()])
+
+
+def _verification_json(found: Verification) -> dict[str, Any]:
+    return {
+        "passed": found.passed, "checks": [asdict(check) for check in found.checks],
+        "measurements": dict(found.measurements), "versions": dict(found.versions),
+    }  # fmt: skip

@@ -1,0 +1,190 @@
+"""The Python files of a checkpoint: two generated entry files and copies of the runtime files they need.
+
+Equal arguments give equal bytes. No release of transformers is consulted while writing; the files find out for
+themselves where they are.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+EMISSION = Path(__file__).parent
+RUNTIME = EMISSION.parent / "runtime"
+COMPATIBILITY = "surgery_compatibility.py"
+
+# Outputs that a native model records by the class of the module in a layer's attribute.
+RECORDED = {"self_attn": "attentions"}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where transformers keeps the classes of one model family, and which Auto class loads its task model."""
+
+    model_type: str
+    modeling_module: str
+    configuration_module: str
+    config_class: str
+    model_class: str
+    causal_lm_class: str
+    auto_class: str = "AutoModelForCausalLM"
+
+    @classmethod
+    def named(cls, model_type: str, prefix: str) -> Family:
+        """The family that follows transformers' naming, such as ("qwen3_moe", "Qwen3Moe")."""
+        package = f"transformers.models.{model_type}"
+        modules = f"{package}.modeling_{model_type}", f"{package}.configuration_{model_type}"
+        return cls(model_type, *modules, f"{prefix}Config", f"{prefix}Model", f"{prefix}ForCausalLM")
+
+    @property
+    def surgery_type(self) -> str:
+        """The checkpoint's own model_type; under the native one transformers 5 would apply native loading rules."""
+        return f"surgery_{self.model_type}"
+
+    @property
+    def configuration_file(self) -> str:
+        """Module name, without `.py`, of the generated configuration."""
+        return f"configuration_{self.surgery_type}"
+
+    @property
+    def modeling_file(self) -> str:
+        """Module name, without `.py`, of the generated models."""
+        return f"modeling_{self.surgery_type}"
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimePart:
+    """One replacement: `attribute` of every decoder layer (or of the model) becomes what `symbol` of `file` makes.
+
+    A layer's is made by `symbol(config, layer_index, replaced)`, the model's by `symbol(config, replaced)`.
+    """
+
+    file: str
+    symbol: str
+    attribute: str
+    of: Literal["layer", "model"] = "layer"
+
+
+# Parts that bring another one along.
+COMPANIONS = {
+    "LatentAttention": RuntimePart("surgery_latent_attention.py", "latent_rotary", "rotary_emb", of="model"),
+}
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """The `auto_map` of config.json; without AutoModel, vLLM and SGLang refuse the checkpoint."""
+    return {
+        "AutoConfig": f"{family.configuration_file}.{_own(family.config_class)}",
+        "AutoModel": f"{family.modeling_file}.{_own(family.model_class)}",
+        family.auto_class: f"{family.modeling_file}.{_own(family.causal_lm_class)}",
+    }
+
+
+def emit_code(family: Family, parts: Sequence[RuntimePart], version: str) -> dict[str, bytes]:
+    """Every `.py` file of a checkpoint of `family` with `parts` in it, by file name; `version` is this package's."""
+    parts = _with_companions(parts)
+    runtime = _closure([COMPATIBILITY, *(part.file for part in parts)])
+    names = {
+        "version": version,
+        "model_type": family.model_type,
+        "surgery_type": family.surgery_type,
+        "modeling_module": family.modeling_module,
+        "configuration_module": family.configuration_module,
+        "configuration_file": family.configuration_file,
+        "native_config": family.config_class,
+        "native_model": family.model_class,
+        "native_causal_lm": family.causal_lm_class,
+        "config": _own(family.config_class),
+        "model": _own(family.model_class),
+        "causal_lm": _own(family.causal_lm_class),
+        "auto_class": family.auto_class,
+        "summary": ", ".join(dict.fromkeys(part.attribute for part in parts)) or "none",
+        "replaced_attributes": repr([part.attribute for part in parts if part.of == "layer"]).replace("'", '"'),
+        "imports": "\n".join(_imports(family, parts, runtime)),
+        "keep_conversion": _keep_conversion(family, parts),
+        "recorded": ", ".join([family.model_class, *_recorded(parts)]),
+        "swaps": "\n".join(_swaps(parts)),
+    }
+    generated = {
+        f"{family.configuration_file}.py": _fill("configuration.txt", names),
+        f"{family.modeling_file}.py": _fill("modeling.txt", names),
+    }
+    return generated | {file: (RUNTIME / file).read_bytes() for file in runtime}
+
+
+def _own(native_class: str) -> str:
+    return f"Surgery{native_class}"
+
+
+def _fill(template: str, names: dict[str, str]) -> bytes:
+    return Template((EMISSION / template).read_text(encoding="utf-8")).substitute(names).encode()
+
+
+def _with_companions(parts: Sequence[RuntimePart]) -> list[RuntimePart]:
+    companions = (COMPANIONS[part.symbol] for part in parts if part.symbol in COMPANIONS)
+    return list(dict.fromkeys([*parts, *companions]))
+
+
+def _closure(files: Sequence[str]) -> list[str]:
+    """`files` and every runtime file they import, sorted."""
+    found: set[str] = set()
+    waiting = list(files)
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += neighbours(file)
+    return sorted(found)
+
+
+@cache
+def neighbours(file: str) -> dict[str, str]:
+    """The runtime files that a runtime file imports, each with one of the names imported."""
+    tree = ast.parse((RUNTIME / file).read_bytes())
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1)
+    return {f"{node.module}.py": node.names[0].name for node in imports}
+
+
+def _imports(family: Family, parts: Sequence[RuntimePart], runtime: Sequence[str]) -> Iterator[str]:
+    """One import for every runtime file: older releases copy only what the entry file itself imports."""
+    keeps = ["keep_weight_conversion"] if _keep_conversion(family, parts) else []
+    used = {COMPATIBILITY: {*keeps, "recorded_outputs", "static_cache_holds_any_width", "tied_weights"}}
+    for part in parts:
+        used.setdefault(part.file, set()).add(part.symbol)
+    imported = {helper: name for file in runtime for helper, name in neighbours(file).items()}
+    for file in runtime:
+        symbols = ", ".join(sorted(used.get(file, ()), key=_classes_first)) or f"{imported[file]}  # noqa: F401"
+        yield f"from .{file.removesuffix('.py')} import {symbols}"
+
+
+def _classes_first(name: str) -> tuple[bool, str]:
+    return not name[0].isupper(), name
+
+
+def _keep_conversion(family: Family, parts: Sequence[RuntimePart]) -> str:
+    """The native loading rules stay unless the module they write into is gone."""
+    if any(part.attribute == "mlp" for part in parts):
+        return ""
+    return f'\nkeep_weight_conversion("{family.model_type}", "{family.surgery_type}")\n'
+
+
+def _recorded(parts: Sequence[RuntimePart]) -> Iterator[str]:
+    for part in parts:
+        if part.of == "layer" and part.attribute in RECORDED:
+            yield f"{RECORDED[part.attribute]}={part.symbol}"
+
+
+def _swaps(parts: Sequence[RuntimePart]) -> Iterator[str]:
+    in_layers = [part for part in parts if part.of == "layer"]
+    if in_layers:
+        yield "        for index, layer in enumerate(self.layers):"
+    for part in in_layers:
+        yield f"            layer.{part.attribute} = {part.symbol}(config, index, layer.{part.attribute})"
+    for part in parts:
+        if part.of == "model":
+            yield f"        self.{part.attribute} = {part.symbol}(config, self.{part.attribute})"

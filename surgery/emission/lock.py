@@ -1,0 +1,67 @@
+"""`surgery.lock.json`: what went in, what came out, and with which versions, so that the same bytes can be had again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint.journal import Finished
+from surgery.checkpoint.reader import Checkpoint
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    from surgery.manifest import Manifest
+    from surgery.operations.base import Statistics
+    from surgery.verification import Verification
+
+LOCK = "surgery.lock.json"
+FORMAT = 1
+
+
+def make_lock(
+    base: Checkpoint,
+    manifest: Manifest,
+    measured: Mapping[str, Statistics],
+    inputs: Mapping[str, Finished],
+    verification: Verification | None,
+) -> dict[str, Any]:
+    """The lock without its outputs. Holds no time and no path of this machine, so that equal runs give equal locks."""
+    return {
+        "lock": FORMAT,
+        "base": {
+            "source": portable_source(base),
+            "revision": base.revision,
+            "files": {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(inputs.items())},
+        },
+        "manifest": manifest.to_json(),
+        "statistics": {name: dict(found.facts.get("provenance", {})) for name, found in measured.items()},
+        "verification": None if verification is None else asdict(verification),
+        "versions": versions(),
+    }
+
+
+def lock_bytes(lock: Mapping[str, Any]) -> bytes:
+    """The lock as it is written."""
+    return (json.dumps(lock, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def portable_source(base: Checkpoint) -> str:
+    """How strangers may name the base: a Hub id or a built-in as it was given, a local folder by its last name."""
+    if base.source.startswith("builtin:") or base.revision is not None:
+        return base.source
+    return base.folder.resolve().name
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version(), "surgery": __version__}
+    for package in ("torch", "transformers", "safetensors", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found

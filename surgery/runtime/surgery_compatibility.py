@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where releases of transformers differ, found by looking at what is installed, never at its version number."""
+
+import inspect
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import cache_utils
+
+try:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: F401  (first in 4.48)
+except ImportError as error:
+    raise ImportError(
+        f"This checkpoint needs transformers 4.48.3 or newer; installed is {transformers.__version__}. "
+        "Run: pip install -U transformers"
+    ) from error
+
+
+def keep_weight_conversion(native_type: str, own_type: str) -> None:
+    """Let `own_type` load its weights by the rules of `native_type`; both are `model_type` strings.
+
+    transformers 5 renames and fuses tensors (experts, above all) by model_type, and initializes at random what it
+    finds no rule for. Releases without such rules need nothing.
+    """
+    try:
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+    except ImportError:
+        return
+    rules = get_checkpoint_conversion_mapping(native_type)
+    if rules:
+        register_checkpoint_conversion_mapping(own_type, rules, overwrite=True)
+
+
+def tied_weights(native_class: type) -> dict[str, str] | None:
+    """What `native_class` ties, as the mapping {tied: source} that 5.x wants; 4.x has a list and takes a mapping."""
+    tied: Any = getattr(native_class, "_tied_weights_keys", None)
+    return {"lm_head.weight": "model.embed_tokens.weight"} if isinstance(tied, list) else tied
+
+
+def recorded_outputs(native_class: type, **replacements: type) -> dict[str, Any] | None:
+    """The outputs `native_class` records by module class, with the classes in `replacements` (name=class) put in."""
+    recorded = getattr(native_class, "_can_record_outputs", None)
+    if not recorded:
+        return None
+    return {**recorded, **{name: module for name, module in replacements.items() if name in recorded}}
+
+
+def static_cache_holds_any_width() -> bool:
+    """Whether a static cache takes the widths of keys and of values from the tensors it is given (from 5.0 on)."""
+    layer = getattr(cache_utils, "StaticLayer", None)
+    return layer is not None and "value_states" in inspect.signature(layer.lazy_initialization).parameters
+
+
+def attention_returns_cache(native_attention: nn.Module) -> bool:
+    """Whether the layer around `native_attention` unpacks (output, weights, cache) instead of (output, weights).
+
+    True until 4.53 for the families whose attention was still written as one class per backend.
+    """
+    one_class_per_backend = "use_cache" in inspect.signature(native_attention.forward).parameters
+    return one_class_per_backend and not hasattr(cache_utils, "DynamicLayer")
+
+
+def sliding_window(config: Any, layer_idx: int, native_attention: Any) -> int | None:
+    """The window in tokens of one attention layer, or None: wherever the installed release keeps it."""
+    if hasattr(native_attention, "sliding_window"):
+        window: int | None = native_attention.sliding_window
+        return window
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None):
+        return window if config.layer_types[layer_idx] == "sliding_attention" else None
+    in_use = getattr(config, "use_sliding_window", True) and layer_idx >= getattr(config, "max_window_layers", 0)
+    return window if in_use else None
