@@ -19,11 +19,12 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery import operations
     from surgery.api import plan
-    from surgery.conversion import Conversion, convert, reproduce
+    from surgery.conversion import Conversion, convert
     from surgery.errors import SurgeryError
     from surgery.inspection import Inspection, inspect
     from surgery.manifest import Manifest, json_schema, load_manifest, manifest_from_dict
     from surgery.planning import Plan
+    from surgery.reproduction import reproduce
     from surgery.verification import Verification, verify
 
 __all__ = [
@@ -58,7 +59,7 @@ _PLACES = {
     "load_manifest": "manifest",
     "manifest_from_dict": "manifest",
     "plan": "api",
-    "reproduce": "conversion",
+    "reproduce": "reproduction",
     "verify": "verification",
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
+from yaml.reader import ReaderError
 
 from surgery.errors import ManifestError
 
@@ -141,21 +142,35 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(text: str, place: Callable[[int], Place]) -> Document:
+    node = _compose(_loader(text, place), place)
+    if node is None:
+        raise place(0).error(
+            "it is empty",
+            cause="a manifest has at least `surgery: 1` and `operations: []`",
+            remedy="see: surgery schema",
+        )
+    reading = _Reading(place)
+    return Document(reading.plain(node, ()), reading.places)
+
+
+def _loader(text: str, place: Callable[[int], Place]) -> _Loader:
     try:
-        node = _Loader(text).get_single_node()
+        return _Loader(text)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position)
+        raise place(line).error("this is not YAML", cause=error.reason, remedy="remove the character") from error
+
+
+def _compose(loader: _Loader, place: Callable[[int], Place]) -> yaml.Node | None:
+    try:
+        return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = place(mark.line if mark else 0)
         raise at.error("this is not the YAML that manifests are written in", **_yaml_reason(error)) from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, IndexError, AttributeError) as error:
-        # PyYAML lets some of Python's own errors through, for instance for the escape "\UFFFFFFFF".
-        line = text.count("\n", 0, getattr(error, "position", 0))
-        raise place(line).error("this is not YAML", cause=str(error), remedy="check the characters there") from error
-    if node is None:
-        raise place(0).error("it is empty", cause="a manifest has at least `surgery: 1` and `operations: []`",
-                             remedy="see: surgery schema")  # fmt: skip
-    reading = _Reading(place)
-    return Document(reading.plain(node, ()), reading.places)
+    except (ValueError, OverflowError) as error:
+        # PyYAML lets Python's own errors through, for instance for the escape "\UFFFFFFFF".
+        raise place(loader.line).error("this is not YAML", cause=str(error), remedy="check the characters") from error
 
 
 def _yaml_reason(error: yaml.MarkedYAMLError) -> dict[str, str]:
@@ -191,11 +206,15 @@ class _Reading:
         for key, value in node.value:
             place = self.place(key.start_mark.line)
             if not isinstance(key, yaml.ScalarNode):
-                raise place.error("a key must be a word", cause="a list or a mapping stands there", remedy="quote the text")
+                raise place.error(
+                    "a key must be a word", cause="a list or a mapping stands there", remedy="quote the text"
+                )
             name = _text(key.value, place)
             if name in found:
-                raise place.error(f"the key {name!r} is there twice", cause=f"first in {self.places[(*keys, name)].where}",
-                                  remedy="keep one of the two")  # fmt: skip
+                first = self.places[(*keys, name)].where
+                raise place.error(
+                    f"the key {name!r} is there twice", cause=f"first in {first}", remedy="keep one of them"
+                )
             self.places[(*keys, name)] = place
             found[name] = self.plain(value, (*keys, name))
         return found
@@ -212,7 +231,9 @@ def _scalar(text: str, style: str | None, place: Place) -> Any:
     if not number:
         return _text(text, place)
     if len(text) > MAX_DIGITS:
-        raise place.error("the number is too long", cause=f"it has {len(text)} characters", remedy="quote it if it is text")
+        raise place.error(
+            "the number is too long", cause=f"it has {len(text)} characters", remedy="quote it if it is text"
+        )
     if "." in text or number[3]:
         return _finite(float(text), place)
     if len(text.lstrip("+-")) > 1 and text.lstrip("+-").startswith("0"):

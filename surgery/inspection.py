@@ -64,7 +64,11 @@ class Inspection:
         plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(self).items()}
         if self.structure is not None:
             rope = self.structure.rope
-            rope_json = None if rope is None else {name: getattr(rope, name) for name in _ROPE} | {"scaling": dict(rope.scaling)}
+            rope_json = (
+                None
+                if rope is None
+                else {name: getattr(rope, name) for name in _ROPE} | {"scaling": dict(rope.scaling)}
+            )
             plain["structure"] = {**vars(self.structure), "rope": rope_json}
         return plain
 

@@ -82,7 +82,17 @@ def _shape(pattern: str, message: str) -> tuple[AfterValidator, WithJsonSchema]:
     return AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^({pattern})$"})
 
 
-Pinned: TypeAlias = Annotated[str, *_shape(rf"[^@\s]+@{COMMIT}", "must be name@commit, with all 40 digits of the commit")]
+def _known_version(value: int) -> int:
+    if value != FORMAT:
+        raise ValueError(f"must be {FORMAT}, the version that this release reads")
+    return value
+
+
+# A plain int, because a literal 1 would take `true` as well.
+Version: TypeAlias = Annotated[int, AfterValidator(_known_version), WithJsonSchema({"const": FORMAT})]
+Pinned: TypeAlias = Annotated[
+    str, *_shape(rf"[^@\s]+@{COMMIT}", "must be name@commit, with all 40 digits of the commit")
+]
 Base: TypeAlias = Annotated[
     str,
     *_shape(
@@ -203,7 +213,7 @@ class Verify(_Section):
 class _Format(_Section):
     """A manifest of surgery: operations on a trained model, in order."""
 
-    surgery: Literal[1] = Field(description="version of this format")
+    surgery: Version = Field(description="version of this format")
     base: Base | None = Field(
         default=None,
         description="OWNER/NAME@COMMIT with 40 digits, or builtin:NAME; the command line may name another",
@@ -255,7 +265,7 @@ def load_manifest(
     """
     if (path is None) == (not operations):
         raise UsageError(
-            "both a manifest and operations are given" if operations else "there is neither a manifest nor an operation",
+            "there are both a manifest and operations" if operations else "there is neither manifest nor operation",
             cause="a conversion follows one manifest, or operations on the command line",
             remedy="name one with -m FILE, or operations with -o NAME:SETTING=VALUE; change a manifest with --set",
         )  # fmt: skip
@@ -333,7 +343,9 @@ def _check_order(document: Document, steps: Sequence[Step]) -> None:
             reason = _clash(first.operation, second.operation)
             if reason:
                 raise document.place(("operations", later)).error(
-                    f"{second.operation.name} cannot come after {first.operation.name}", cause=reason[0], remedy=reason[1]
+                    f"{second.operation.name} cannot come after {first.operation.name}",
+                    cause=reason[0],
+                    remedy=reason[1],
                 )
 
 

@@ -90,7 +90,9 @@ def _keys(document: Document, parts: list[str], place: Place) -> Keys:
         raise place.error(f"{head} occurs {len(numbers)} times", cause="the option does not say which one is meant",
                           remedy=f"write {head}.0.{'.'.join(rest)} for the first one")  # fmt: skip
     if not rest:
-        raise place.error(f"{head} alone cannot be set", cause="it is an operation", remedy=f"write {head}.SETTING=VALUE")
+        raise place.error(
+            f"{head} alone cannot be set", cause="it is an operation", remedy=f"write {head}.SETTING=VALUE"
+        )
     return ("operations", numbers[0], head, *rest)
 
 

@@ -250,7 +250,8 @@ def describe(
     edits = sum(stage.kind == "edit" for stage in stages)
     dtype = storage_dtype(checkpoint)
     cache_dtype = str(draft.config.get("torch_dtype") or dtype).removeprefix("torch.")
-    original = open_draft(checkpoint).config
+    nested = draft.architecture.text_config if draft.architecture else None
+    original = checkpoint.config[nested] if nested else checkpoint.config
     return Plan(
         source=checkpoint.source,
         revision=checkpoint.revision,

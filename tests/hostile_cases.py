@@ -23,7 +23,7 @@ from surgery.errors import CorruptCheckpoint, SourceUnavailable, SurgeryError, U
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-SECRET = "not for publication"
+SECRET = "not for publication"  # noqa: S105 - a text to look for
 
 Build = Callable[[Path], object]
 
@@ -231,9 +231,7 @@ def _not_finite(dtype: str, pattern: bytes) -> Build:
     count = 40_000
     data = bytearray(count * len(pattern))
     data[-len(pattern) :] = pattern
-    return _with_header(
-        {"__metadata__": {"format": "pt"}, "a": entry(dtype, (count,), (0, len(data)))}, bytes(data)
-    )
+    return _with_header({"__metadata__": {"format": "pt"}, "a": entry(dtype, (count,), (0, len(data)))}, bytes(data))
 
 
 def _missing_config(folder: Path) -> None:
@@ -340,7 +338,8 @@ CASES: tuple[Case, ...] = (
     Case("header-duplicate-tensor", _with_header(
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     ), CorruptCheckpoint),
-    Case("header-many-duplicates", _with_header(b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b',"99999":1}'),
+    Case("header-many-duplicates",
+         _with_header(b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b',"99999":1}'),
          CorruptCheckpoint),
     # tensors
     Case("offsets-overlap", _with_header(_TWO | {"b": entry(offsets=(4, 12))}, b"\0" * 12), CorruptCheckpoint),
@@ -357,7 +356,8 @@ CASES: tuple[Case, ...] = (
     Case("offsets-huge", _with_tensor(offsets=(1 << 64, (1 << 64) + 8)), CorruptCheckpoint),
     Case("offsets-digits", _with_header(
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,' + _DIGITS + b"]}}"), CorruptCheckpoint),
-    Case("offsets-exponent", _with_header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,1e999]}}'), CorruptCheckpoint),
+    Case("offsets-exponent",
+         _with_header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,1e999]}}'), CorruptCheckpoint),
     Case("shape-disagrees", _with_tensor(shape=(3,)), CorruptCheckpoint),
     Case("shape-negative", _with_tensor(shape=(-1, -2)), CorruptCheckpoint),
     Case("shape-float", _with_tensor(shape=(2.0,)), CorruptCheckpoint),
@@ -365,7 +365,8 @@ CASES: tuple[Case, ...] = (
     Case("shape-null", _with_tensor(shape=None), CorruptCheckpoint),
     Case("shape-nan", _with_header(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}'), CorruptCheckpoint),
     Case("shape-huge", _with_tensor(shape=(1 << 40, 1 << 40)), CorruptCheckpoint),
-    Case("shape-huge-but-empty", _with_tensor(shape=(0, 1 << 61, 1 << 61), offsets=(0, 0), data=b""), CorruptCheckpoint),
+    Case("shape-huge-but-empty",
+         _with_tensor(shape=(0, 1 << 61, 1 << 61), offsets=(0, 0), data=b""), CorruptCheckpoint),
     Case("shape-many-dimensions", _with_tensor(shape=(1,) * 100 + (2,)), CorruptCheckpoint),
     Case("shape-nested", _with_tensor(shape=([2],)), CorruptCheckpoint),
     Case("dtype-unknown", _with_tensor(dtype="F31"), CorruptCheckpoint),

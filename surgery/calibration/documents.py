@@ -33,7 +33,8 @@ def read_documents(text: Any, field: str) -> tuple[Iterator[str], dict[str, Any]
 
 def _documents(path: Path, field: str) -> Iterator[str]:
     if path.suffix not in {".jsonl", ".json"}:
-        yield _read(path)
+        # The separator that text dumps of language-model corpora use.
+        yield from (document.strip() for document in _read(path).split("<|endoftext|>") if document.strip())
         return
     for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from surgery.errors import UsageError
 if TYPE_CHECKING:
     from surgery.manifest import Calibration
 
-# Windows are spread over this many times the tokens that they take, where the text has them.
+# Windows are chosen among this many times their number, where the text has them.
 SPREAD = 4
+# Characters tokenized at once.
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -35,31 +38,47 @@ class Windows:
 def text_windows(calibration: Calibration, tokenizer: Any, longest: int | None) -> Windows:
     """Windows of the calibration text; every one starts as the tokenizer starts a text.
 
-    `longest` bounds the window length (the model's context). Raises UsageError where the text is too short.
+    Windows begin where documents begin, as models were trained, while there are enough documents for that; otherwise
+    documents are cut into consecutive windows. `longest` bounds the window length (the model's context). Raises
+    UsageError where the text is too short.
     """
     length = min(calibration.length, longest or calibration.length)
     documents, provenance = read_documents(calibration.text, calibration.field)
-    start = _prefix(tokenizer)
+    start = token_prefix(tokenizer)
     body = length - len(start)
-    wanted = calibration.samples * body
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-        if len(ids) >= wanted * SPREAD:
-            break
-    count = min(len(ids) // body, calibration.samples) if body > 0 else 0
-    if count == 0:
+    rows = document_windows(documents, tokenizer, body, calibration.samples)
+    if not rows:
         raise UsageError(
-            f"the calibration text has {len(ids)} tokens", cause=f"one window takes {body}",
-            remedy="give more text, or a smaller calibration length",
+            "the calibration text is too short", cause=f"no document of it has the {body} tokens of one window",
+            remedy="give longer text, or a smaller calibration length",
         )  # fmt: skip
-    places = torch.randperm(len(ids) // body, generator=torch.Generator().manual_seed(calibration.seed))[:count]
-    stream = torch.tensor(ids)
-    rows = [torch.cat([torch.tensor(start, dtype=torch.int64), stream[p * body : (p + 1) * body]]) for p in places.sort().values]
-    return Windows(torch.stack(rows), {**provenance, "samples": count, "length": length, "seed": calibration.seed})
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))
+    chosen = torch.tensor(rows)[order[: calibration.samples].sort().values]
+    tokens = torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(chosen), -1), chosen], 1)
+    return Windows(tokens, {**provenance, "samples": len(tokens), "length": length, "seed": calibration.seed})
 
 
-def _prefix(tokenizer: Any) -> list[int]:
+def document_windows(documents: Iterable[str], tokenizer: Any, body: int, wanted: int) -> list[list[int]]:
+    """Token windows of `body` tokens: document beginnings if there are `wanted` of them, else consecutive windows.
+
+    Reads a few times what is wanted and no more, so that a long text is sampled widely but never tokenized whole.
+    """
+    beginnings: list[list[int]] = []
+    following: list[list[int]] = []
+    for document in documents:
+        for first in range(0, len(document), PIECE):
+            ids = tokenizer(document[first : first + PIECE], add_special_tokens=False, verbose=False)["input_ids"]
+            rows = [ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
+            beginnings += rows[: first == 0]
+            following += rows[first == 0 :]
+            if len(following) >= SPREAD * wanted:
+                break
+        if len(beginnings) >= SPREAD * wanted:
+            break
+    return beginnings if len(beginnings) >= wanted else beginnings + following
+
+
+def token_prefix(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text: usually the bos token or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -8,9 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery.checkpoint.dtypes import BITS
-from surgery.checkpoint.expressions import Computed, Stored, Value, sources
+from surgery.checkpoint.expressions import Computed, Stored, TensorSpec, Value, sources
 from surgery.checkpoint.header import Header
 from surgery.checkpoint.reader import INDEX, SINGLE, Checkpoint
+
+
+def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
+    """Length prefix and JSON for tensors that follow in this order, padded with spaces to eight bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, spec in specs.items():
+        end = position + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
 
 
 @dataclass(frozen=True)
@@ -23,18 +36,8 @@ class Shard:
 
     @property
     def header(self) -> bytes:
-        """Length prefix and JSON, padded with spaces to eight bytes."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, value in self.tensors.items():
-            spec = value.spec
-            entries[name] = {
-                "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, position + spec.nbytes]
-            }  # fmt: skip
-            position += spec.nbytes
-        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
-        return struct.pack("<Q", len(raw)) + raw
+        """Length prefix and JSON of this file."""
+        return header_bytes({name: value.spec for name, value in self.tensors.items()})
 
     @property
     def data_bytes(self) -> int:

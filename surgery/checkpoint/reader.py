@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,11 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64_000_000
 MAX_SHARDS = 100_000
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-_OTHER_WEIGHTS = (
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+OTHER_WEIGHTS = (
     ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".mlmodel"
 )  # fmt: skip
-_CARRIED_FOLDER = "additional_chat_templates"
+CARRIED_FOLDER = "additional_chat_templates"
 _REPLACED = {
     "README.md": "replaced by the model card of the result",
     "surgery.lock.json": "replaced by the lock of the result",
@@ -114,11 +114,33 @@ def open_checkpoint(
         names, weight_map = _shard_names(folder, files)
         shards = {name: read_header(contained(folder, name)) for name in names}
         tensors = _account(shards, weight_map)
-        read = {"config.json", INDEX, *names}
-        side = tuple(
-            _side_file(folder, name, size, remote_code=remote_code) for name, size in files.items() if name not in read
-        )
+        side = side_files(folder, {"config.json", INDEX, *names}, remote_code=remote_code)
     return Checkpoint(folder, source or str(folder), revision, config, shards, tensors, side, remote_code)
+
+
+def side_files(folder: Path, read: Collection[str], *, remote_code: bool) -> tuple[SideFile, ...]:
+    """Every file of `folder` but those in `read`, each to be carried or with the reason why not.
+
+    Raises as `contained` does for what would be carried: a link there would publish a file of somewhere else.
+    """
+    return tuple(
+        _side_file(folder, name, size, remote_code=remote_code)
+        for name, size in _list_files(folder).items()
+        if name not in read
+    )
+
+
+def inner_path(folder: Path, name: str) -> Path:
+    """The checked path of a side file by its relative name; raises as `contained` does."""
+    inner = name.removeprefix(f"{CARRIED_FOLDER}/")
+    return contained(folder if inner == name else folder / CARRIED_FOLDER, inner)
+
+
+def uses_remote_code(folder: Path, *, revision: str | None, trusted: bool) -> bool:
+    """Whether a folder, which may still lack its weights, brings code; raises UnsafeCheckpoint unless allowed."""
+    with reading_errors(folder):
+        files = _list_files(folder)
+        return _check_remote_code(folder, files, _read_config(folder, files), revision, trusted=trusted)
 
 
 class reading_errors:  # noqa: N801 - reads as a statement: `with reading_errors(path):`
@@ -198,10 +220,10 @@ def _list_files(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda item: item.name):
-            if entry.name == _CARRIED_FOLDER and entry.is_dir(follow_symlinks=False):
+            if entry.name == CARRIED_FOLDER and entry.is_dir(follow_symlinks=False):
                 inner = _list_files(Path(entry.path))
                 found.update({f"{entry.name}/{name}": size for name, size in inner.items()})
-            elif entry.is_dir() and entry.name != _CARRIED_FOLDER:
+            elif entry.is_dir() and entry.name != CARRIED_FOLDER:
                 if entry.name not in _VERSION_CONTROL:
                     found[f"{entry.name}/"] = 0
             else:
@@ -280,12 +302,9 @@ def _shard_names(folder: Path, files: Mapping[str, int]) -> tuple[list[str], dic
     if SINGLE in files and INDEX not in files:
         return [SINGLE], None
     if INDEX not in files:
-        pickles = [name for name in files if name.endswith(_PICKLES)]
+        pickles = [name for name in files if name.endswith(PICKLES)]
         if pickles:
-            raise UnsafeCheckpoint(
-                f"the weights are pickle files ({pickles[0]})", cause="unpickling runs code; surgery reads safetensors",
-                remedy="convert them to safetensors first, or pass --allow-pickle",
-            )  # fmt: skip
+            raise refused_pickle(pickles[0])
         raise SourceUnavailable(
             f"{folder} has no weights", cause=f"neither {SINGLE} nor {INDEX} is there", remedy="download the weights"
         )
@@ -307,13 +326,22 @@ def _shard_names(folder: Path, files: Mapping[str, int]) -> tuple[list[str], dic
             f"{INDEX} names {len(names)} shards", cause=f"over {MAX_SHARDS}", remedy="check the index"
         )
     for name in names:
-        if name.endswith(_PICKLES):
+        if name.endswith(PICKLES):
             raise UnsafeCheckpoint(
                 f"the index names the pickle file {ascii(name)[:80]}", cause="unpickling runs code",
                 remedy="convert it to safetensors",
             )  # fmt: skip
         contained(folder, name)
     return names, weight_map
+
+
+def refused_pickle(name: str) -> UnsafeCheckpoint:
+    """The refusal of a checkpoint that has pickle file `name` for its weights."""
+    return UnsafeCheckpoint(
+        f"the weights are pickle files ({ascii(name)[1:-1][:80]})",
+        cause="unpickling runs code; surgery reads safetensors",
+        remedy="convert them to safetensors first, or pass --allow-pickle",
+    )
 
 
 def _account(shards: Mapping[str, Header], weight_map: dict[str, str] | None) -> dict[str, TensorInfo]:
@@ -339,19 +367,17 @@ def _disagree(cause: str) -> CorruptCheckpoint:
 
 
 def _side_file(folder: Path, name: str, size: int, *, remote_code: bool) -> SideFile:
-    """Decide on one file; what is to be carried must be a file inside the folder, or a link would publish another."""
     if name.endswith("/"):
         return SideFile(name, 0, "a sub-folder; only the checkpoint's own files are carried")
     if name in _REPLACED:
         return SideFile(name, size, _REPLACED[name])
-    if name.endswith((*_PICKLES, *_OTHER_WEIGHTS)):
+    if name.endswith((*PICKLES, *OTHER_WEIGHTS)):
         return SideFile(name, size, "weights of another format, or a file that the index does not name")
     if name.endswith(".index.json"):
         return SideFile(name, size, "the index of weights of another format")
     if name.endswith(".py") and not remote_code:
         return SideFile(name, size, "code that no config of the base uses")
-    inner = name.removeprefix(f"{_CARRIED_FOLDER}/")
-    contained(folder if inner == name else folder / _CARRIED_FOLDER, inner)
+    inner_path(folder, name)
     return SideFile(name, size)
 
 

@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return the exit code."""
     output = Output()
     try:
-        code = surgery.main(args=list(arguments), prog_name="surgery", standalone_mode=False, obj=output)
+        code = surgery.main(args=list(arguments) or ["--help"], prog_name="surgery", standalone_mode=False, obj=output)
     except click.Abort:
         return _interrupted(output)
     except click.ClickException as error:
@@ -50,7 +50,9 @@ def run(arguments: Sequence[str]) -> int:
 def _usage_error(error: click.ClickException) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "surgery"
-    usage = context.command.get_usage(context).replace("Usage: ", "usage is ", 1) if context is not None else "see the help"
+    usage = (
+        context.command.get_usage(context).replace("Usage: ", "usage is ", 1) if context is not None else "see the help"
+    )
     return UsageError(error.format_message(), cause=usage, remedy=f"see: {path} --help")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.options import base_options, choose_base, command, manifest_options, read_manifest, run_options
+from surgery.cli.options import ManifestChoice, base_options, choose_base, command, manifest_options, run_options
 from surgery.cli.output import Output
 from surgery.cli.plan import show_plan
 from surgery.cli.results import show_conversion
@@ -30,13 +30,10 @@ EXAMPLES = (
 @click.pass_obj
 def _command(
     output: Output,
+    /,
     places: tuple[str, ...],
     *,
-    manifest: Path | None,
-    operations: tuple[str, ...],
-    overrides: tuple[str, ...],
-    dtype: str | None,
-    shard_size: str | None,
+    choice: ManifestChoice,
     dry_run: bool,
     no_verify: bool,
     **run: Any,
@@ -48,7 +45,7 @@ def _command(
     """
     if len(places) > 2:
         raise click.UsageError(f"there are {len(places)} places, and a conversion has two: BASE and OUT")
-    checked = read_manifest(manifest, operations, overrides, dtype, shard_size, no_verify=no_verify)
+    checked = choice.load(verify=not no_verify)
     base = choose_base(places[0] if len(places) == 2 else None, checked)
     if dry_run:
         from surgery.api import plan

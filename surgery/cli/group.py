@@ -16,11 +16,11 @@ COMMANDS = ("inspect", "operations", "plan", "convert", "verify", "reproduce", "
 class LazyGroup(click.Group):
     """A group whose commands are the modules of `surgery.cli` named in COMMANDS."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """The names, in the order of the table."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None

@@ -24,7 +24,7 @@ EXAMPLES = (
 @click.argument("base")
 @base_options
 @click.pass_obj
-def _command(output: Output, base: str, *, trust_remote_code: bool, allow_pickle: bool) -> int:
+def _command(output: Output, /, base: str, *, trust_remote_code: bool, allow_pickle: bool) -> int:
     """Show what BASE is, and which operations fit it.
 
     BASE is a checkpoint folder, id@revision of the Hub, or builtin:NAME. No weight is read.
@@ -42,14 +42,17 @@ command = _command
 def _human(found: Inspection) -> Human:
     kinds = ", ".join(f"{kind} {human_count(count)}" for kind, count in found.dtypes.items())
     rows = [
-        ("base", found.source + (f" @ {found.revision}" if found.revision and found.revision not in found.source else "")),
+        (
+            "base",
+            found.source + (f" @ {found.revision}" if found.revision and found.revision not in found.source else ""),
+        ),
         ("family", f"{found.family or 'no family file'} ({found.model_type})"),
         *(_structure(found.structure) if found.structure else ()),
         ("parameters", f"{human_count(found.parameters)} in {kinds}"),
         ("weights", f"{human_size(found.bytes)} in {len(found.shards)} file{'s' * (len(found.shards) > 1)}"),
         ("KV cache", _cache(found)),
         ("code", "its own, not run" if found.remote_code else "native"),
-        *((f"{name}", "fits" if reason is None else f"does not fit: {reason}") for name, reason in found.operations.items()),
+        *((name, "fits" if reason is None else f"does not fit: {reason}") for name, reason in found.operations.items()),
         ("carried files", ", ".join(name for name, reason in found.side_files.items() if not reason) or "none"),
         *(("not carried", f"{name}: {reason}") for name, reason in found.side_files.items() if reason),
     ]

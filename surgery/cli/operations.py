@@ -23,8 +23,11 @@ EXAMPLES = (
 @command("operations", EXAMPLES)
 @click.argument("name", required=False)
 @click.pass_obj
-def _command(output: Output, name: str | None) -> int:
-    """List the operations, or show the settings of one and the families it fits."""
+def _command(output: Output, /, name: str | None) -> int:
+    """List the operations, or describe one.
+
+    With NAME: its settings, and the model families that it fits.
+    """
     from surgery.operations import find_operation, operations
 
     if name is None:

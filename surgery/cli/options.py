@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +24,7 @@ class Command(click.Command):
 
     examples: Sequence[str] = ()
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
         """Write the examples as they are, so that they can be copied."""
         with formatter.section("Examples"):
             for line in self.examples:
@@ -49,7 +51,7 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
-def _set_mode(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+def _set_mode(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         output = ctx.ensure_object(Output)
         output.mode = "json" if param.name == "json" else "quiet"
@@ -74,8 +76,8 @@ base_options = _stack(
     click.option("--allow-pickle", is_flag=True, help="Read weights from pickle files, restricted to tensors."),
 )  # fmt: skip
 
-manifest_options = _stack(
-    click.option("-m", "--manifest", metavar="FILE", type=click.Path(path_type=Path), help="The manifest, a YAML file."),
+_manifest_options = _stack(
+    click.option("-m", "--manifest", metavar="FILE", type=click.Path(path_type=Path), help="The manifest (YAML)."),
     click.option("-o", "--operation", "operations", metavar="NAME[:SETTING=VALUE,...]", multiple=True,
                  help="An operation, in place of a manifest; may be repeated."),
     click.option("--set", "overrides", metavar="TARGET=VALUE", multiple=True,
@@ -85,33 +87,47 @@ manifest_options = _stack(
     click.option("--shard-size", metavar="SIZE", help="Largest file, such as 5GB (output.shard_size)."),
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class ManifestChoice:
+    """The manifest that a command line describes, not read yet."""
+
+    file: Path | None
+    operations: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    def load(self, *, verify: bool = True) -> Manifest:
+        """Read and check it; `verify=False` turns verification off, whatever it says."""
+        from surgery.manifest import load_manifest
+
+        more = () if verify else ("verify=false",)
+        return load_manifest(self.file, operations=self.operations, overrides=(*self.overrides, *more))
+
+
+def manifest_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that name a manifest; the function takes them as one `choice`. An option counts as the last `--set`."""
+
+    @wraps(function)
+    def with_choice(
+        *arguments: Any, manifest: Path | None, operations: tuple[str, ...], overrides: tuple[str, ...], **rest: Any
+    ) -> Any:
+        own = {"output.dtype": rest.pop("dtype"), "output.shard_size": rest.pop("shard_size")}
+        more = (f"{target}={value}" for target, value in own.items() if value is not None)
+        return function(*arguments, choice=ManifestChoice(manifest, operations, (*overrides, *more)), **rest)
+
+    return _manifest_options(with_choice)
+
+
 run_options = _stack(
     click.option("--resume/--no-resume", default=True, show_default=True,
                  help="Go on from an interrupted run of the same conversion."),
     click.option("--overwrite", is_flag=True, help="Replace an OUT that surgery wrote."),
     click.option("--link", is_flag=True, help="Hard-link files that do not change instead of copying them."),
     click.option("--device", default="cpu", show_default=True, help="Where calibration runs."),
-    click.option("--workers", type=click.IntRange(min=1), help="Files written at once [default: the cores, at most 4]."),
+    click.option("--workers", type=click.IntRange(min=1), help="Files written at once [default: cores, at most 4]."),
     click.option("--statistics", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
                  help="Where calibration results are kept for reuse."),
 )  # fmt: skip
-
-
-def read_manifest(
-    manifest: Path | None,
-    operations: Sequence[str],
-    overrides: Sequence[str],
-    dtype: str | None,
-    shard_size: str | None,
-    *,
-    no_verify: bool = False,
-) -> Manifest:
-    """The manifest that the shared options describe; an option of its own counts as the last `--set`."""
-    from surgery.manifest import load_manifest
-
-    own = {"output.dtype": dtype, "output.shard_size": shard_size, "verify": "false" if no_verify else None}
-    more = [f"{target}={value}" for target, value in own.items() if value is not None]
-    return load_manifest(manifest, operations=operations, overrides=[*overrides, *more])
 
 
 def choose_base(named: str | None, manifest: Manifest) -> str:

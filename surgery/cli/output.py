@@ -1,8 +1,8 @@
 """What a command says: results on stdout, everything else on stderr, in one of three modes.
 
-    human   text and tables; rich is imported when the first one is printed
-    json    exactly one JSON document on stdout, for errors too
-    quiet   what a script needs: a path, names, or nothing
+human   text and tables; rich is imported when the first one is printed
+json    exactly one JSON document on stdout, for errors too
+quiet   what a script needs: a path, names, or nothing
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def _rich_table(table: Table) -> Any:
     made = RichTable(box=None, pad_edge=False, show_header=bool(table.headers), header_style="bold")
     for number in range(max((len(row) for row in (table.headers, *table.rows)), default=0)):
         header = table.headers[number] if table.headers else ""
-        made.add_column(header, style="bold" if not number and not table.headers else "", no_wrap=not number, overflow="fold")
+        made.add_column(
+            header, style="bold" if not number and not table.headers else "", no_wrap=not number, overflow="fold"
+        )
     for row in table.rows:
         made.add_row(*(Text(printable(cell)) for cell in row))
     return made

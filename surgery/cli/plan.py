@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import base_options, choose_base, command, manifest_options, read_manifest
+from surgery.cli.options import ManifestChoice, base_options, choose_base, command, manifest_options
 from surgery.cli.output import Human, Output, Table
 from surgery.sizes import human_count, human_size
 
@@ -29,24 +28,15 @@ EXAMPLES = (
 @base_options
 @click.pass_obj
 def _command(
-    output: Output,
-    base: str | None,
-    *,
-    manifest: Path | None,
-    operations: tuple[str, ...],
-    overrides: tuple[str, ...],
-    dtype: str | None,
-    shard_size: str | None,
-    trust_remote_code: bool,
-    allow_pickle: bool,
+    output: Output, /, base: str | None, *, choice: ManifestChoice, trust_remote_code: bool, allow_pickle: bool
 ) -> int:
     """Tell what a conversion of BASE would do. No weight is read and nothing is written.
 
     BASE may be left out where the manifest names one.
     """
-    checked = read_manifest(manifest, operations, overrides, dtype, shard_size)
     from surgery.api import plan
 
+    checked = choice.load()
     found = plan(choose_base(base, checked), checked, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     return show_plan(output, found)
 
@@ -81,7 +71,8 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None) or "defaults"
+    shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in settings.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None) or "defaults"
 
 
 def _sizes(plan: Plan) -> Iterator[tuple[str, str]]:

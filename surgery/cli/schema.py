@@ -14,10 +14,11 @@ EXAMPLES = ("surgery schema > manifest.schema.json",)
 
 @command("schema", EXAMPLES)
 @click.pass_obj
-def _command(output: Output) -> int:
-    """Print the JSON Schema of manifests, with the settings of every operation.
+def _command(output: Output, /) -> int:
+    """Print the JSON Schema of manifests.
 
-    Editors complete and check a manifest that names it: # yaml-language-server: $schema=manifest.schema.json
+    It has the settings of every operation. Editors complete and check a manifest that begins with the line
+    # yaml-language-server: $schema=manifest.schema.json
     """
     from surgery.manifest import json_schema
 

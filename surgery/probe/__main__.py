@@ -11,7 +11,7 @@ from pathlib import Path
 def main() -> None:
     sys.modules["surgery"] = None  # type: ignore[assignment]  # every import of surgery now fails, installed or not
     here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (here, here.parent.parent)]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]  # else loading.py shadows others
     spec = importlib.util.spec_from_file_location("surgery_probe", here / "__init__.py")
     if spec is None or spec.loader is None:
         raise ImportError(f"{here} cannot be loaded")

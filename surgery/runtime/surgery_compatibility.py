@@ -5,7 +5,7 @@ import inspect
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import cache_utils
 
 try:
@@ -15,6 +15,8 @@ except ImportError as error:
         f"This checkpoint needs transformers 4.48.3 or newer; installed is {transformers.__version__}. "
         "Run: pip install -U transformers"
     ) from error
+
+CACHE_IS_TOLD_WHERE = "cache_kwargs" in inspect.signature(cache_utils.Cache.update).parameters
 
 
 def keep_weight_conversion(native_type: str, own_type: str) -> None:
@@ -51,8 +53,20 @@ def recorded_outputs(native_class: type, **replacements: type) -> dict[str, Any]
 
 def static_cache_holds_any_width() -> bool:
     """Whether a static cache takes the widths of keys and of values from the tensors it is given (from 5.0 on)."""
-    layer = getattr(cache_utils, "StaticLayer", None)
-    return layer is not None and "value_states" in inspect.signature(layer.lazy_initialization).parameters
+    allocate = getattr(getattr(cache_utils, "StaticLayer", None), "lazy_initialization", None)
+    return allocate is not None and "value_states" in inspect.signature(allocate).parameters
+
+
+def update_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int, options: dict[str, Any]) -> Any:
+    """Append keys and values [B, G, T, width] to layer `layer_idx`; returns all that the layer holds.
+
+    Until 5.3 a static cache has to be told where, or it writes over its first tokens without a word. There `options`,
+    what the layer passed to its attention, has the positions.
+    """
+    positions = options.get("cache_position") if CACHE_IS_TOLD_WHERE else None
+    if positions is None:
+        return cache.update(key, value, layer_idx)
+    return cache.update(key, value, layer_idx, {"cache_position": positions})
 
 
 def attention_returns_cache(native_attention: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .surgery_compatibility import attention_returns_cache, sliding_window
+from .surgery_compatibility import attention_returns_cache, sliding_window, update_cache
 
 
 class LatentAttention(nn.Module):
@@ -80,7 +80,7 @@ class LatentAttention(nn.Module):
 
         cache = past_key_values if past_key_values is not None else past_key_value
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         implementation = self.config._attn_implementation  # noqa: SLF001
         padded = self._flash_width() if "flash" in implementation else None

@@ -244,6 +244,17 @@ def test_generation_modes_agree(case):
 
 
 @every_family
+def test_a_static_cache_gives_the_same_tokens(case):
+    model = load(case.folder)
+    if not model._supports_static_cache:
+        pytest.skip("a static cache of this release wants values as wide as keys")
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, "do_sample": False}
+    dynamic = model.generate(case.ids[:1, :14], **settings)
+    static = model.generate(case.ids[:1, :14], cache_implementation="static", disable_compile=True, **settings)
+    assert static.tolist() == dynamic.tolist()
+
+
+@every_family
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_left_padding_changes_nothing(case, implementation):
     model = load(case.folder, attn_implementation=implementation)

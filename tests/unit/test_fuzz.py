@@ -52,8 +52,7 @@ def _parse(raw: bytes, size: int) -> Header | None:
     try:
         header = parse_header(raw, "x.safetensors", size)
     except CorruptCheckpoint as error:
-        assert error.problem
-        assert error.cause.isprintable()
+        assert error.cause.isprintable()  # noqa: PT017
         return None
     position = 8 + len(raw)
     for tensor in header.tensors:
@@ -131,10 +130,19 @@ def test_mutated_files(changes: list[tuple[int, int, bytes]], name: str) -> None
 
 
 @bounded
-@given(json_values | st.fixed_dictionaries({"weight_map": json_values | st.dictionaries(
-    st.sampled_from(["a.weight", "b.weight", "c"]),
-    st.sampled_from(["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]) | st.text(max_size=30),
-)}))  # fmt: skip
+@given(
+    json_values
+    | st.fixed_dictionaries(
+        {
+            "weight_map": json_values
+            | st.dictionaries(
+                st.sampled_from(["a.weight", "b.weight", "c"]),
+                st.sampled_from(["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+                | st.text(max_size=30),
+            )
+        }
+    )
+)
 def test_any_index(index: object) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = sharded(Path(place))
@@ -165,9 +173,14 @@ def test_any_file(data: bytes, length: int | None) -> None:
 
 
 @bounded
-@given(st.binary(max_size=300) | st.lists(json_values, max_size=5).map(
-    lambda lines: b'{"surgery": 1, "fingerprint": "f"}\n' + b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-))  # fmt: skip
+@given(
+    st.binary(max_size=300)
+    | st.lists(json_values, max_size=5).map(
+        lambda lines: (
+            b'{"surgery": 1, "fingerprint": "f"}\n' + b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        )
+    )
+)
 def test_any_journal(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "journal.jsonl").write_bytes(content)

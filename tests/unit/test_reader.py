@@ -89,7 +89,14 @@ def test_config_may_hold_what_python_writes(tmp_path: Path) -> None:
 
 def test_side_files_are_carried_or_have_a_reason(tmp_path: Path) -> None:
     sound(tmp_path)
-    carried = ["LICENSE", "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "x.png"]
+    carried = [
+        "LICENSE",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "x.png",
+    ]
     dropped = [
         ".gitattributes", "README.md", "consolidated.safetensors", "handler.py", "model.gguf", "optimizer.pt",
         "pytorch_model.bin", "pytorch_model.bin.index.json", "surgery.lock.json",

@@ -45,7 +45,11 @@ def kept(checkpoint: Checkpoint) -> dict[str, Value]:
 
 
 def write(
-    checkpoint: Checkpoint, out: Path, tensors: dict[str, Value] | None = None, size: int | None = None, **options: object
+    checkpoint: Checkpoint,
+    out: Path,
+    tensors: dict[str, Value] | None = None,
+    size: int | None = None,
+    **options: object,
 ) -> dict[str, Finished]:
     """Write a checkpoint, resuming from the journal that is there, and check what was said of every file."""
     out.mkdir(exist_ok=True)
@@ -61,7 +65,6 @@ def write(
     for name, file in written.items():
         content = (out / name).read_bytes()
         assert file == Finished(name, len(content), hashlib.sha256(content).hexdigest())
-        assert all(t.offset % np.dtype("u1").itemsize == 0 for t in read_header(out / name).tensors)
     assert not list(out.glob("*.writing"))
     return written
 
@@ -143,7 +146,9 @@ def test_resharding_keeps_every_tensor(tmp_path: Path, size: int) -> None:
 
 def _equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
     return found.keys() == expected.keys() and all(
-        found[k].dtype == expected[k].dtype and found[k].shape == expected[k].shape and np.array_equal(found[k], expected[k])
+        found[k].dtype == expected[k].dtype
+        and found[k].shape == expected[k].shape
+        and np.array_equal(found[k], expected[k])
         for k in expected
     )
 
@@ -187,14 +192,21 @@ def test_slices_nested_rewrites_and_groups(tmp_path: Path) -> None:
     group = rewrite(
         {"w": turned["w"], "again": rows["w"], "kept": values["kept"]},
         {"small": ("F16", (6, 4)), "wide": ("F64", (4, 6)), "count": ("I32", ())},
-        lambda t: {"small": t["w"].half(), "wide": t["again"].double(), "count": torch.tensor(7, dtype=torch.int32),
-                   "unasked": t["w"]},
-    )  # fmt: skip
+        lambda t: {
+            "small": t["w"].half(),
+            "wide": t["again"].double(),
+            "count": torch.tensor(7, dtype=torch.int32),
+            "unasked": t["w"],
+        },
+    )
     write(checkpoint, tmp_path / "out", {"kept": values["kept"], **group, "w": turned["w"]})
     expected = {
-        "kept": arrays["kept"], "w": arrays["w"][::2].T, "small": arrays["w"][::2].T.astype(np.float16),
-        "wide": arrays["w"][::2].astype(np.float64), "count": np.array(7, np.int32),
-    }  # fmt: skip
+        "kept": arrays["kept"],
+        "w": arrays["w"][::2].T,
+        "small": arrays["w"][::2].T.astype(np.float16),
+        "wide": arrays["w"][::2].astype(np.float64),
+        "count": np.array(7, np.int32),
+    }
     assert _equal(read_all(tmp_path / "out"), expected)
 
 
@@ -300,7 +312,9 @@ def test_resuming_after_a_torn_journal(tmp_path: Path) -> None:
     assert len(journal.finished) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"{}\n", b"[]\n", b'{"surgery": 2, "fingerprint": "x"}\n', b"\xff\n", b'{"surgery": 1'])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"{}\n", b"[]\n", b'{"surgery": 2, "fingerprint": "x"}\n', b"\xff\n", b'{"surgery": 1']
+)
 def test_a_journal_that_cannot_be_used(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "journal.jsonl").write_bytes(content)
     assert read_journal(tmp_path) is None
@@ -322,9 +336,15 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pass
 
 
-@pytest.mark.parametrize(("number", "error"), [
-    (errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, EnvironmentFailure), (errno.EFBIG, EnvironmentFailure),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.ENOSPC, DiskFull),
+        (errno.EDQUOT, DiskFull),
+        (errno.EIO, EnvironmentFailure),
+        (errno.EFBIG, EnvironmentFailure),
+    ],
+)
 def test_errors_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[SurgeryError]
 ) -> None:

@@ -73,7 +73,7 @@ def solve(measuring: Measuring, settings: KVLatentSettings) -> Statistics:
 
 
 def _budgeted(settings: KVLatentSettings) -> bool:
-    free = settings.qk_select == "energy" and settings.vo_basis == "svd"
+    free = settings.qk_select == "energy" and settings.vo_basis == "svd" and settings.allocation == "measured"
     return settings.qk_dim is None and settings.vo_dim is None and free
 
 

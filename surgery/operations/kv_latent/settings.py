@@ -48,7 +48,14 @@ class KVLatentSettings(Settings):
     logit_gain: bool = Field(
         default=True, description="scale each query head by least squares so that logits keep their size"
     )
-    refit_q: bool = Field(default=True, description="fit queries to the kept keys, weighted by attention")
+    refit_q: bool = Field(
+        default=False,
+        description="fit queries and keys to the original logits, weighted by attention; better on text like the "
+        "calibration's, and it can be far worse on other text",
+    )
+    allocation: Literal["measured", "uniform"] = Field(
+        default="measured", description="how kv_ratio is spread over layers, keys and values: by measured error, or evenly"
+    )
     refit_o: bool = Field(default=True, description="fit the output projection layer after layer by ridge regression")
 
     @model_validator(mode="before")

@@ -1,0 +1,139 @@
+"""Doing a conversion again from its lock: the same bytes, or the name of the input that changed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.calibration.documents import calibration_source
+from surgery.checkpoint.reader import Checkpoint, read_json
+from surgery.checkpoint.resolve import open_base
+from surgery.checkpoint.writer import hash_file
+from surgery.conversion import Conversion, convert
+from surgery.emission.lock import FORMAT, versions
+from surgery.errors import RefusedInput, UsageError, VerificationFailure
+from surgery.manifest import Manifest, manifest_from_dict
+from surgery.progress import Report, silent
+
+# The card and the lock also record versions and measured figures, which may differ where the weights do not.
+RECORDS = frozenset({"README.md"})
+
+
+@dataclass(frozen=True)
+class _Lock:
+    """The parts of a lock that reproducing needs."""
+
+    base: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    versions: Mapping[str, Any]
+
+
+def reproduce(
+    lock: Path | str,
+    out: Path | str,
+    *,
+    base: str | None = None,
+    files: Path | str = "",
+    resume: bool = True,
+    overwrite: bool = False,
+    link: bool = False,
+    device: str = "cpu",
+    workers: int | None = None,
+    statistics: Path | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    report: Report = silent,
+) -> Conversion:
+    """Repeat into `out` the conversion that `lock` (a surgery.lock.json) records, and compare every file.
+
+    base   where the base is on this machine; needed where it was a local folder
+    files  the folder in which the manifest's text files are
+
+    The other arguments are those of `convert`. Raises RefusedInput naming the inputs that changed, before anything is
+    written, and VerificationFailure naming the outputs that differ.
+    """
+    path = Path(lock)
+    recorded = _read(path)
+    source = base or _source(recorded, path)
+    checkpoint = open_base(source, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    manifest = manifest_from_dict(recorded.manifest, folder=files, name=path.name)
+    changed = [*_changed_inputs(checkpoint, recorded), *_changed_texts(manifest, recorded)]
+    if changed:
+        raise RefusedInput(
+            f"{len(changed)} inputs are not what they were: {', '.join(changed[:6])}",
+            cause=f"their SHA-256 differs from {path.name}", remedy="give the original files, or convert anew",
+        )  # fmt: skip
+    # Measured again, not taken from a store: a repetition that repeats nothing proves nothing.
+    with tempfile.TemporaryDirectory(prefix="surgery-statistics-") as fresh:
+        done = convert(
+            source, out, manifest, resume=resume, overwrite=overwrite, link=link, device=device, workers=workers,
+            statistics=statistics or Path(fresh), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+            report=report,
+        )  # fmt: skip
+    _compare(done, recorded)
+    return done
+
+
+def _read(path: Path) -> _Lock:
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file", cause="a lock is OUT/surgery.lock.json", remedy="check the path")
+    found = read_json(path.parent, path.name)
+    parts = ("base", "manifest", "statistics", "outputs", "versions")
+    if not isinstance(found, dict) or found.get("lock") != FORMAT or not all(isinstance(found.get(p), dict) for p in parts):
+        raise UsageError(
+            f"{path.name} is not a lock of format {FORMAT}", cause=f"it must have {', '.join(parts)}",
+            remedy="use the surgery.lock.json of a converted checkpoint",
+        )  # fmt: skip
+    return _Lock(*(found[part] for part in parts))
+
+
+def _source(recorded: _Lock, path: Path) -> str:
+    """The recorded base; a local folder is known by its name only, and looked for beside the checkpoint."""
+    name = str(recorded.base.get("source"))
+    if name.startswith("builtin:") or recorded.base.get("revision"):
+        return name
+    for place in (path.absolute().parent.parent, Path.cwd()):
+        if "/" not in name and (place / name / "config.json").is_file():
+            return str(place / name)
+    raise UsageError(
+        f"the base was a local folder called {name!r}", cause="locks hold no paths of the machine that wrote them",
+        remedy=f"say where it is: surgery reproduce {path} OUT --base FOLDER",
+    )  # fmt: skip
+
+
+def _changed_inputs(checkpoint: Checkpoint, recorded: _Lock) -> list[str]:
+    expected = recorded.base.get("files")
+    if not isinstance(expected, dict):
+        return ["the lock's list of base files"]
+    here = {"config.json", *checkpoint.shards, *(file.name for file in checkpoint.side_files if not file.dropped)}
+    changed = [name for name in sorted(here | expected.keys()) if name not in here or name not in expected]
+    same = (name for name in sorted(here & expected.keys()))
+    return changed + [n for n in same if hash_file(checkpoint.path(n)).sha256 != expected[n].get("sha256")]
+
+
+def _changed_texts(manifest: Manifest, recorded: _Lock) -> list[str]:
+    """Whether the calibration text is the one that was measured on; only where something was measured."""
+    if not recorded.statistics:
+        return []
+    source = calibration_source(manifest.calibration)
+    differs = any(any(found.get(k) != v for k, v in source.items()) for found in recorded.statistics.values())
+    return ["the calibration text"] if differs else []
+
+
+def _compare(done: Conversion, recorded: _Lock) -> None:
+    made, wanted = done.lock["outputs"], recorded.outputs
+    names = sorted((made.keys() | wanted.keys()) - RECORDS)
+    differing = [name for name in names if made.get(name) != wanted.get(name)]
+    if differing:
+        now = versions()
+        moved = [f"{k} {recorded.versions.get(k)} -> {v}" for k, v in now.items() if recorded.versions.get(k) != v]
+        raise VerificationFailure(
+            f"{len(differing)} files differ from the lock: {', '.join(differing[:6])}",
+            cause=f"versions changed: {'; '.join(moved)}" if moved else "the versions are the same; the processor may differ",
+            remedy=f"compare {done.out} with the original; it stays in place",
+        )

@@ -1,0 +1,608 @@
+"""What `kv_latent` writes, in every family, against the base itself.
+
+Two references, neither of which shares code with the operation. `silence` turns the stock base into the partial sums that
+a choice of channels means. `padded` puts a result's own projections, filled up with zeros, back into the stock base: the
+narrow attention must compute exactly what the wide one computes with them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from safetensors.torch import load_file, save_file
+from test_runtime_attention import NORMED, double, load, needs, repeat, silence, stacked
+from torch import nn
+
+import surgery
+from surgery.errors import SurgeryError
+from surgery.manifest import manifest_from_dict
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import FAMILIES, head_width, write_tiny
+
+HEAD = 16
+TOKENS = 90  # beyond the 64 tokens of the scaled ropes' original context
+CUSTOM = (*NORMED, "qwen2_moe")  # stock classes that do not hold narrower heads
+SCALED = ("llama3", "yarn", "linear", "dynamic")
+CASES = [
+    (family, rope)
+    for family in FAMILIES
+    for rope in (("default", "longrope") if family == "phi3" else ("default", *SCALED))
+]
+every_case = pytest.mark.parametrize(("family", "rope"), CASES, ids=["-".join(case) for case in CASES])
+every_family = pytest.mark.parametrize("family", FAMILIES)
+EVERYTHING = {"qk_dim": [6, 10], "vo_dim": [12, 6]}
+NO_FIT = {"logit_gain": False, "refit_q": False, "refit_o": False}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def manifest(settings, **calibration):
+    return manifest_from_dict(
+        {
+            "surgery": 1,
+            "operations": [{"kv_latent": one} for one in (settings if isinstance(settings, list) else [settings])],
+            "calibration": {"text": "self", "samples": 6, "length": 24, **calibration},
+            "verify": False,
+        }
+    )
+
+
+def convert(base, out, settings, **calibration):
+    done = surgery.convert(str(base), out, manifest(settings, **calibration), statistics=out.parent / "statistics")
+    return done.out
+
+
+def tensors_of(folder):
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def tokens(count=TOKENS, rows=2):
+    return torch.randint(3, 128, (rows, count), generator=torch.Generator().manual_seed(1))
+
+
+def run(model, ids=None):
+    with torch.no_grad():
+        return model(tokens() if ids is None else ids).logits
+
+
+def close(found, wanted, tolerance=1e-5):
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
+
+
+def exact(folder, **kwargs):
+    """A model with its stored float64 weights."""
+    from transformers import PretrainedConfig
+
+    name = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
+    return double(load(folder, **{name: torch.float64}, **kwargs))
+
+
+def strided(base, qk_dim, vo_dim, scaling):
+    """What `silence` takes, for one stride in all layers."""
+    groups = config_of(base)["num_key_value_heads"]
+    pairs, values = list(range(0, HEAD // 2, HEAD // qk_dim)), list(range(0, HEAD, HEAD // vo_dim))
+    return [([pairs] * groups, [values] * groups, scaling)] * config_of(base)["num_hidden_layers"]
+
+
+def layers_of(folder):
+    """(pairs per KV head, value width, scaling) of every layer of a result, stock or latent."""
+    config = config_of(folder)
+    if "surgery" not in config:
+        width, groups = config["head_dim"], config["num_key_value_heads"]
+        pairs = list(range(0, HEAD // 2, HEAD // width))
+        return [([pairs] * groups, width, width**-0.5)] * config["num_hidden_layers"]
+    layers = config["surgery"]["latent_attention"]["layers"]
+    return [(layer["rope_pairs"], layer["vo_dim"], layer["scaling"]) for layer in layers]
+
+
+def padded(base, folder, **kwargs):
+    """The stock base with the projections of a result, each dropped channel zero."""
+    model, config, tensors = load(base, **kwargs), config_of(base), tensors_of(folder)
+    width, heads = head_width(config), config["num_attention_heads"]
+    for number, (pairs, values, scaling) in enumerate(layers_of(folder)):
+        attention, prefix = model.model.layers[number].self_attn, f"model.layers.{number}.self_attn"
+        fused = tensors.get(f"{prefix}.qkv_proj.weight")
+        if fused is not None:
+            count, groups = 2 * len(pairs[0]), len(pairs)
+            parts = fused.split([heads * count, groups * count, groups * values])
+            tensors |= {f"{prefix}.{n}_proj.weight": t for n, t in zip("qkv", parts, strict=True)}
+        channels = [[*head, *(pair + width // 2 for pair in head)] for head in pairs]
+        kept = [list(range(values))] * len(pairs)
+        rows = {"q": stacked(repeat(channels, heads), width), "k": stacked(channels, width), "v": stacked(kept, width)}
+        wide = {"q": heads, "k": len(pairs), "v": len(pairs)}
+        full = {}
+        for name in "qkv":
+            for kind in ("weight", "bias"):
+                found = tensors.get(f"{prefix}.{name}_proj.{kind}")
+                if found is None:
+                    continue
+                if name != "v" and hasattr(attention, "q_norm"):
+                    full[name, kind] = found  # selected after the norm, below
+                    continue
+                whole = torch.zeros(wide[name] * width, *found.shape[1:], dtype=found.dtype)
+                whole[rows[name]] = found * (scaling * width**0.5 if name == "q" else 1.0)
+                full[name, kind] = whole
+        output = tensors[f"{prefix}.o_proj.weight"]
+        whole = torch.zeros(output.shape[0], heads * width, dtype=output.dtype)
+        whole[:, stacked(repeat(kept, heads), width)] = output
+        if hasattr(attention, "qkv_proj"):
+            attention.qkv_proj = linear(torch.cat([full[name, "weight"] for name in "qkv"]))
+        else:
+            for name in "qkv":
+                setattr(attention, f"{name}_proj", linear(full[name, "weight"], full.get((name, "bias"))))
+        attention.o_proj = linear(whole, tensors.get(f"{prefix}.o_proj.bias"))
+        if hasattr(attention, "q_norm"):
+            mask = torch.zeros(heads * width, dtype=torch.float64)
+            mask[rows["q"]] = scaling * width**0.5
+            if attention.q_norm.weight.numel() == width:
+                mask = mask.view(heads, 1, width)
+            attention.q_norm.register_forward_hook(lambda _m, _x, out, mask=mask: out * by_heads(mask, out))
+    return model.eval()
+
+
+def by_heads(mask, out):
+    """The mask of [B, T, H, d] or [B, H, T, d], whichever this family's norm gives, or of [B, T, H d]."""
+    mask = mask.to(out)
+    return mask[:, 0] if mask.dim() == 3 and out.shape[-2] == mask.shape[0] and out.shape[-3] != mask.shape[0] else mask
+
+
+def linear(weight, bias=None):
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    module.weight.data = weight.contiguous()
+    if bias is not None:
+        module.bias.data = bias.contiguous()
+    return module.requires_grad_(False)
+
+
+# Exact results: nothing is fitted
+
+
+@every_family
+def test_full_width_changes_no_bit(family, tmp_path):
+    needs(family)
+    base = write_tiny(tmp_path / "base", family, "longrope" if family == "phi3" else "yarn", shards=2)
+    for name, chosen in (
+        ("stride", {"method": "stride", "kv_ratio": 1.0}),
+        ("calibrated", {"qk_dim": HEAD, "vo_dim": HEAD}),
+    ):
+        out = convert(base, tmp_path / name, chosen)
+        before, after = tensors_of(base), tensors_of(out)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert not list(out.glob("*.py"))
+        torch.testing.assert_close(run(load(out)), run(load(base)), atol=0, rtol=0)
+
+
+@every_case
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_stride_is_the_masked_base(family, rope, stride, tmp_path):
+    needs(family)
+    base = write_tiny(tmp_path / f"base_{family}_{rope}", family, rope, seed=3, dtype=torch.float64)
+    width = HEAD // stride
+    out = convert(base, tmp_path / f"{family}_{rope}_{stride}", {"method": "stride", "qk_dim": width, "vo_dim": width})
+    stock = family not in CUSTOM and rope in ("default", "linear", "llama3")
+    assert ("surgery" not in config_of(out)) == stock
+    assert bool(list(out.glob("*.py"))) != stock
+    layers = strided(base, width, width, HEAD**-0.5)
+    for implementation in ("eager", "sdpa"):  # the same on both sides: norms, and the eager softmax, are float32
+        reference = silence(exact(base, attn_implementation=implementation), layers, config_of(base))
+        model = exact(out, attn_implementation=implementation)
+        close(run(model), run(reference), 1e-10)
+        close(run(model.float()), run(reference.float()))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "qwen3", "olmoe"])
+@pytest.mark.parametrize(("qk_dim", "vo_dim"), [(4, 16), (16, 4), (4, 8), ([2, 8], [16, 4])])
+def test_unequal_widths_are_the_masked_base(family, qk_dim, vo_dim, tmp_path):
+    base = write_tiny(tmp_path / f"base_{family}", family, seed=3, dtype=torch.float64)
+    name = f"{family}_{qk_dim}_{vo_dim}".translate(dict.fromkeys(map(ord, "[], "), "_"))
+    out = convert(base, tmp_path / name, {"method": "stride", "qk_dim": qk_dim, "vo_dim": vo_dim})
+    qk, vo = (dim if isinstance(dim, list) else [dim] * 2 for dim in (qk_dim, vo_dim))
+    layers = [strided(base, k, v, HEAD**-0.5)[0] for k, v in zip(qk, vo, strict=True)]
+    close(run(exact(out)), run(silence(exact(base), layers, config_of(base))), 1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_matched_pairs_are_the_masked_base(family, tmp_path):
+    base = write_tiny(tmp_path / f"base_{family}", family, seed=3, dtype=torch.float64)
+    out = convert(base, tmp_path / f"{family}_matched", {"method": "stride", "qk_select": "matched", "qk_dim": 8, "vo_dim": 8})
+    # exponents 1/4, 1/2, 3/4, 7/8 of a head with 8 pairs at j/8
+    layers = [([[2, 4, 6, 7]] * 2, [list(range(0, HEAD, 2))] * 2, HEAD**-0.5)] * 2
+    close(run(exact(out)), run(silence(exact(base), layers, config_of(base))), 1e-10)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 4), (4, 2)], ids=["MQA", "MHA", "GQA"])
+@pytest.mark.parametrize(("family", "window"), [("mistral", 7), ("llama", None), ("qwen2", None)])
+def test_grouping_and_windows(family, window, heads, groups, tmp_path):
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": heads * HEAD}
+    more = {"sliding_window": window} if window else {}
+    base = write_tiny(tmp_path / f"base_{family}_{groups}", family, dtype=torch.float64, **sizes, **more)
+    out = convert(base, tmp_path / f"s_{family}_{groups}", {"method": "stride", "qk_dim": 4, "vo_dim": 8})
+    close(run(exact(out)), run(silence(exact(base), strided(base, 4, 8, HEAD**-0.5), config_of(base))), 1e-10)
+    out = convert(base, tmp_path / f"c_{family}_{groups}", EVERYTHING)
+    close(run(load(out).float()), run(padded(base, out).float()), 2e-5)
+    if window:
+        assert not torch.allclose(run(load(out).float()), run(unwindowed(out, tmp_path / "open").float()), atol=1e-3)
+
+
+def unwindowed(folder, copy):
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "config.json").write_text(json.dumps(config_of(folder) | {"sliding_window": None}))
+    return load(copy)
+
+
+def test_scaled_tables_are_the_base_own(tmp_path):
+    """A unit vector turned by the latent attention shows the cosine and sine that it used."""
+    base = write_tiny(tmp_path / "base", "llama", "yarn")
+    out = convert(base, tmp_path / "yarn_unequal", {"method": "stride", "qk_dim": 4, "vo_dim": 8})
+    model, wide = load(out), load(base)
+    places = torch.arange(200)[None]
+    table = wide.model.rotary_emb(torch.zeros(1), places)
+    attention = model.model.layers[0].self_attn
+    unit = torch.zeros(1, 4, 200, 4)
+    unit[..., :2] = 1
+    turned, _ = attention._rotate(unit, unit[:, :2], *model.model.rotary_emb(torch.zeros(1), places))
+    for new, old in enumerate((0, 4)):
+        assert torch.equal(turned[0, 0, :, new], table[0][0, :, old])
+        assert torch.equal(turned[0, 0, :, new + 2], table[1][0, :, old])
+
+
+def test_logits_depend_on_distances_only(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama", "llama3", dtype=torch.float64)
+    for name, chosen in (
+        ("stock", {"method": "stride", "qk_dim": 8, "vo_dim": 8}),
+        ("latent", {"qk_dim": 6, "vo_dim": 8}),
+        ("paper_own", {"method": "paper", "qk_dim": 8, "vo_dim": 8}),
+    ):
+        source = base if name != "paper_own" else write_tiny(tmp_path / "plain", "llama", dtype=torch.float64)
+        model = exact(convert(source, tmp_path / name, chosen))
+        ids, shift = tokens(20), 37
+        here, there = (
+            model(ids, position_ids=torch.arange(start, start + 20)[None].expand(2, -1)).logits for start in (0, shift)
+        )
+        close(there, here, 1e-4)  # the angles are float32
+
+
+def paper_forward(base, ids, qk_dim, vo_dim):
+    """KV-Latent as published, from its text: strided channels, its spectrum, 1/sqrt(d_qk). Float64, llama only."""
+    t, config = {name: x.double() for name, x in tensors_of(base).items()}, config_of(base)
+    heads, groups, quarter = config["num_attention_heads"], config["num_key_value_heads"], qk_dim // 4
+    exponents = [(quarter + 2 * j) / qk_dim for j in range(quarter)]
+    exponents += [(3 * quarter + j) / qk_dim for j in range(quarter)]
+    speeds = torch.tensor([config["rope_theta"] ** -e for e in exponents], dtype=torch.float64)
+    angles = torch.arange(ids.shape[1], dtype=torch.float64)[:, None] * speeds
+    cos, sin = angles.cos(), angles.sin()
+
+    def norm(x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).rsqrt() * weight
+
+    def turned(x):
+        one, two = x[..., : qk_dim // 2], x[..., qk_dim // 2 :]
+        return torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
+
+    hidden = t["model.embed_tokens.weight"][ids]
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}."
+        x = norm(hidden, t[p + "input_layernorm.weight"])
+        q, k, v = (
+            (x @ t[f"{p}self_attn.{name}_proj.weight"][:: HEAD // width].T).unflatten(-1, (-1, width)).transpose(1, 2)
+            for name, width in (("q", qk_dim), ("k", qk_dim), ("v", vo_dim))
+        )
+        k, v = (x.repeat_interleave(heads // groups, 1) for x in (turned(k), v))
+        scores = turned(q) @ k.transpose(-1, -2) / qk_dim**0.5
+        future = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
+        mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+        output = t[f"{p}self_attn.o_proj.weight"][:, :: HEAD // vo_dim]
+        hidden = hidden + mixed.transpose(1, 2).flatten(2) @ output.T
+        x = norm(hidden, t[p + "post_attention_layernorm.weight"])
+        gate, up, down = (t[f"{p}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        hidden = hidden + (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    return norm(hidden, t["model.norm.weight"]) @ t["lm_head.weight"].T
+
+
+@pytest.mark.parametrize(("qk_dim", "vo_dim"), [(8, 8), (4, 16), (16, 16), (16, 8), ([16, 8], [8, 8]), ([8, 16], [8, 8])])
+def test_paper_is_the_published_recipe(qk_dim, vo_dim, tmp_path):
+    base = write_tiny(tmp_path / "base", "llama", dtype=torch.float64, rope_theta=500000.0)
+    name = f"paper_{qk_dim}_{vo_dim}".translate(dict.fromkeys(map(ord, "[], "), "_"))
+    model = exact(convert(base, tmp_path / name, {"method": "paper", "qk_dim": qk_dim, "vo_dim": vo_dim}))
+    if isinstance(qk_dim, int):
+        close(run(model), paper_forward(base, tokens(), qk_dim, vo_dim), 1e-4)  # the angles are float32
+        return
+    seen = []  # per-layer widths: each layer alone, on the input it got
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.register_forward_hook(
+            lambda _m, x, named, out, n=number: seen.append((n, named["hidden_states"], out[0])), with_kwargs=True
+        )
+    run(model)
+    for number, entering, leaving in seen:
+        close(leaving, paper_attention(base, number, entering, qk_dim[number], vo_dim[number]), 1e-4)
+
+
+def paper_attention(base, layer, x, qk_dim, vo_dim):
+    """One attention of the published recipe: `paper_forward` on a base whose other parts add nothing."""
+    t, config = {name: w.double() for name, w in tensors_of(base).items()}, config_of(base)
+    quarter, p = qk_dim // 4, f"model.layers.{layer}.self_attn."
+    exponents = [0.25 + 2 * j / qk_dim for j in range(quarter)] + [0.75 + j / qk_dim for j in range(quarter)]
+    turns = torch.tensor([config["rope_theta"] ** -e for e in exponents], dtype=torch.float64)
+    phase = torch.polar(torch.ones(1, dtype=torch.float64), torch.arange(x.shape[1], dtype=torch.float64)[:, None] * turns)
+
+    def heads(name, width):
+        return (x @ t[f"{p}{name}_proj.weight"][:: HEAD // width].T).unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def turned(y):
+        return torch.complex(y[..., : qk_dim // 2], y[..., qk_dim // 2 :]) * phase
+
+    query, key, value = turned(heads("q", qk_dim)), turned(heads("k", qk_dim)), heads("v", vo_dim)
+    group = query.shape[1] // key.shape[1]
+    scores = (query @ key.repeat_interleave(group, 1).mH).real / qk_dim**0.5
+    scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), float("-inf"))
+    mixed = (scores.softmax(-1) @ value.repeat_interleave(group, 1)).transpose(1, 2).flatten(2)
+    return mixed @ t[f"{p}o_proj.weight"][:, :: HEAD // vo_dim].T
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("method", ["stride", "paper"])
+def test_twice_by_two_is_once_by_four(family, method, tmp_path):
+    base = write_tiny(tmp_path / "base", family, dtype=torch.float64)
+    # The paper's spectrum of a spectrum is another one; its scale without it does commute.
+    rope = {"rope": "keep"} if method == "paper" else {}
+    half = convert(base, tmp_path / "half", {"method": method, "qk_dim": 8, "vo_dim": 8} | rope)
+    quarter = convert(half, tmp_path / "half_of_half", {"method": method, "qk_dim": 4, "vo_dim": 4} | rope)
+    once = convert(base, tmp_path / "once", {"method": method, "qk_dim": 4, "vo_dim": 4} | rope)
+    both = convert(base, tmp_path / "both", [{"method": method, "qk_dim": w, "vo_dim": w} | rope for w in (8, 4)])
+    for found in (quarter, both):
+        assert config_of(found) == config_of(once)
+        assert tensors_of(found).keys() == tensors_of(once).keys()
+        for name, tensor in tensors_of(once).items():
+            close(tensors_of(found)[name], tensor, 1e-15)
+
+
+@pytest.mark.parametrize("chosen", [{"method": "stride", "qk_dim": 4, "vo_dim": 8}, {"qk_dim": 6, "vo_dim": 12}], ids=str)
+def test_permuting_heads_commutes(chosen, tmp_path):
+    base = write_tiny(tmp_path / "base", "qwen2", seed=4)
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    (turned / "config.json").write_text((base / "config.json").read_text())
+    save_file(swapped(tensors_of(base), HEAD, HEAD), turned / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(run(load(turned)), run(load(base)), atol=1e-5, rtol=0)
+    # Not text the model writes itself: that would differ by rounding, and then entirely.
+    straight, other = (
+        convert(folder, tmp_path / f"{folder.name}_latent", chosen, **some_text(folder)) for folder in (base, turned)
+    )
+    for first, second in zip(layers_of(straight), layers_of(other), strict=True):
+        assert first[0] == second[0][::-1]
+    if chosen.get("method") == "stride":
+        wanted, found = swapped(tensors_of(straight), 4, 8), tensors_of(other)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    close(run(load(other)), run(load(straight)), 2e-3)
+
+
+def swapped(tensors, qk_dim, vo_dim):
+    """Two KV heads exchanged, together with the two queries of each."""
+    widths = {"q_proj": 2 * qk_dim, "k_proj": qk_dim, "v_proj": vo_dim}
+    out = {}
+    for name, tensor in tensors.items():
+        found = tensor
+        for part, width in widths.items():
+            if part in name:
+                found = tensor.unflatten(0, (2, width)).flip(0).flatten(0, 1)
+        if "o_proj.weight" in name:
+            found = tensor.unflatten(1, (2, 2 * vo_dim)).flip(1).flatten(1, 2)
+        out[name] = found.contiguous()
+    return out
+
+
+def some_text(folder):
+    """A tokenizer of bytes beside the base, and a text for it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:126]
+    tokenizer = Tokenizer(models.BPE({"<s>": 1, **{letter: i + 2 for i, letter in enumerate(alphabet)}}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    text = folder.parent / "text.txt"
+    text.write_text("".join(chr(33 + (7 * i * i + i // 3) % 90) for i in range(2000)))
+    return {"text": [str(text)]}
+
+
+# Calibrated results
+
+
+@every_case
+@pytest.mark.parametrize(
+    "chosen", [EVERYTHING, {**EVERYTHING, **NO_FIT}, {"kv_ratio": 0.6}], ids=["everything", "no fit", "budget"]
+)
+def test_calibrated_is_its_own_weights_in_the_base(family, rope, chosen, tmp_path):
+    needs(family)
+    base = write_tiny(tmp_path / f"base_{family}_{rope}", family, rope, seed=3)
+    out = convert(base, tmp_path / f"{family}_{rope}_calibrated", chosen)
+    wanted = run(padded(base, out))
+    for implementation in ("eager", "sdpa"):
+        close(run(load(out, attn_implementation=implementation)), wanted, 2e-5)
+
+
+@every_family
+@pytest.mark.parametrize(
+    "chosen",
+    [{"kv_ratio": 0.6}, EVERYTHING, {"method": "stride", "qk_dim": 4, "vo_dim": 8}, {"method": "stride", "kv_ratio": 0.5}],
+    ids=str,
+)
+def test_cache_bytes_are_those_planned(family, chosen, tmp_path):
+    needs(family)
+    base = write_tiny(tmp_path / f"base_{family}", family, dtype=torch.bfloat16)
+    done = surgery.convert(str(base), tmp_path / f"{family}_out", manifest(chosen), statistics=tmp_path / "statistics")
+    model, ids = load(done.out), tokens(11)
+    with torch.no_grad():
+        cached = [kv[:2] for kv in iterate(model(ids, use_cache=True).past_key_values)]
+    config = config_of(base)
+    heads = config["num_key_value_heads"]
+    widths = [(2 * len(pairs[0]), values) for pairs, values, _ in layers_of(done.out)]
+    assert [(k.shape, v.shape) for k, v in cached] == [((2, heads, 11, k), (2, heads, 11, v)) for k, v in widths]
+    real = sum(tensor.nbytes for pair in cached for tensor in pair)
+    assert real == 2 * 11 * heads * sum(k + v for k, v in widths) * 2
+    assert done.plan.cache_bytes_after * 2 * 11 == real
+    if "kv_ratio" in chosen:
+        assert real <= chosen["kv_ratio"] * 2 * 11 * heads * 2 * 2 * HEAD * 2
+
+
+def iterate(cache):
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))
+
+
+@every_family
+def test_values_alone_at_full_keys(family, tmp_path):
+    """Layer 0 keeps every channel in a new basis, and its bias folded: it must do what the base does."""
+    needs(family)
+    base = write_tiny(tmp_path / f"base_{family}", family, seed=2)
+    out = convert(base, tmp_path / f"{family}_out", {"qk_dim": HEAD, "vo_dim": [HEAD, HEAD - 1], **NO_FIT})
+    outputs = []
+    for folder in (base, out):
+        with torch.no_grad():
+            outputs.append(load(folder)(tokens(), output_hidden_states=True).hidden_states[1])
+    close(outputs[1], outputs[0], 1e-4)
+
+
+def test_value_bias_is_folded_exactly(tmp_path):
+    base = write_tiny(tmp_path / "base", "qwen2", seed=2)
+    tensors = tensors_of(base)
+    for layer in range(2):  # values of rank 15, so that a basis of width 15 loses nothing but the rounding
+        value, bias = (tensors[f"model.layers.{layer}.self_attn.v_proj.{kind}"] for kind in ("weight", "bias"))
+        value[[5, 21]], bias[:] = 0, 3 * torch.randn(32, generator=torch.Generator().manual_seed(layer))
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    out = convert(base, tmp_path / "folded", {"qk_dim": HEAD, "vo_dim": 15, **NO_FIT})
+    found = tensors_of(out)
+    assert found["model.layers.0.self_attn.v_proj.bias"].abs().max() == 0
+    assert found["model.layers.0.self_attn.o_proj.bias"].abs().max() > 0.1
+    close(run(load(out)), run(load(base)), 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bfloat16_stays_bfloat16(family, tmp_path):
+    base = write_tiny(tmp_path / f"base_{family}", family, dtype=torch.bfloat16)
+    out = convert(base, tmp_path / f"{family}_half", EVERYTHING)
+    assert {tensor.dtype for tensor in tensors_of(out).values()} == {torch.bfloat16}
+    model = load(out).bfloat16()
+    model.save_pretrained(tmp_path / f"{family}_again")
+    again = load(tmp_path / f"{family}_again").bfloat16()
+    torch.testing.assert_close(run(again), run(model), atol=0, rtol=0)
+    close(run(load(out).float()), run(padded(base, out).float()), 2e-5)
+    close(run(model).float(), run(model.float()), 0.5)
+
+
+def test_decoding_modes_agree(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama", "llama3")
+    model = load(convert(base, tmp_path / "decoding", EVERYTHING))
+    ids, asked = tokens(9, rows=1), {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    greedy = model.generate(ids, **asked).tolist()
+    assert model.generate(ids, use_cache=False, **asked).tolist() == greedy
+    padded_ids = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1)
+    mask = (padded_ids != 0).long()
+    assert model.generate(padded_ids, attention_mask=mask, **asked)[0, 5:].tolist() == greedy[0]
+    from surgery.runtime.surgery_compatibility import static_cache_holds_any_width
+
+    if static_cache_holds_any_width():
+        assert model.generate(ids, cache_implementation="static", **asked).tolist() == greedy
+
+
+def test_calibration_beats_the_stride(tmp_path):
+    """On a trained base: the point of calibrating."""
+    ids = trained_text()
+    base = load(Path(surgery.__file__).parent / "builtin" / "llama")
+    expected = run(base, ids).log_softmax(-1)
+    lost = {}
+    for name, chosen in (
+        ("calibrated", {"kv_ratio": 0.5}), ("uniform", {"qk_dim": 8, "vo_dim": 8}),
+        ("stride", {"method": "stride", "qk_dim": 8, "vo_dim": 8}),
+    ):  # fmt: skip
+        done = surgery.convert(
+            "builtin:llama", tmp_path / name, manifest(chosen, text="builtin", samples=16, length=64),
+            statistics=tmp_path / "statistics",
+        )  # fmt: skip
+        found = run(load(done.out), ids).log_softmax(-1)
+        lost[name] = float((expected.exp() * (expected - found)).sum(-1).mean())
+    assert lost["calibrated"] < lost["stride"] / 2
+    assert lost["uniform"] < lost["stride"] / 2
+
+
+def trained_text():
+    from transformers import AutoTokenizer
+
+    from surgery.builtin.text import heldout_text
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(surgery.__file__).parent / "builtin" / "llama")
+    return torch.tensor(tokenizer(heldout_text()[:8000])["input_ids"][: 8 * 64]).view(8, 64)
+
+
+# Settings at large: a typed refusal, or what the settings say
+
+
+RANDOM_SETTINGS = some.fixed_dictionaries(
+    {},
+    optional={
+        "kv_ratio": some.sampled_from([0.05, 0.2, 0.3, 0.5, 0.75, 1.0]),
+        "qk_dim": some.sampled_from([1, 2, 3, 4, 6, 8, 16, 18, [4, 8], [16, 6], [4]]),
+        "vo_dim": some.sampled_from([1, 3, 4, 8, 15, 16, 17, [16, 5], [8, 8, 8]]),
+        "method": some.sampled_from(["calibrated", "stride", "paper"]),
+        "qk_select": some.sampled_from(["energy", "stride", "matched"]),
+        "rope": some.sampled_from(["keep", "paper"]),
+        "vo_basis": some.sampled_from(["svd", "stride"]),
+        "logit_gain": some.booleans(),
+        "refit_q": some.booleans(),
+        "refit_o": some.booleans(),
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("settings")
+    base = write_tiny(folder / "base", "qwen2", seed=7, attention_bias=False)
+    return folder, base
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(chosen=RANDOM_SETTINGS)
+def test_any_settings_are_refused_or_hold(arena, chosen):
+    folder, base = arena
+    out = folder / f"result_{len(os.listdir(folder))}"
+    try:
+        done = surgery.convert(str(base), out, manifest(chosen), statistics=folder / "statistics")
+    except SurgeryError:
+        assert not out.exists()
+        assert not out.with_name(out.name + ".partial").exists()
+        return
+    said = done.lock["manifest"]["operations"][0]["kv_latent"]
+    whole = all(2 * len(pairs[0]) == values == HEAD for pairs, values, _ in layers_of(out) or [])
+    if said["rope"] == "paper" or ("surgery" not in config_of(out) and "head_dim" not in config_of(out)):
+        assert said["rope"] == "paper" or all(torch.equal(t, tensors_of(base)[n]) for n, t in tensors_of(out).items())
+        assert torch.isfinite(run(load(out))).all()
+        return
+    found = run(load(out))
+    close(found, run(padded(base, out)), 2e-5)
+    fitted = said["logit_gain"] or said["refit_q"] or said["refit_o"] or said["vo_basis"] == "svd"
+    if not fitted and not whole:
+        layers = [
+            (pairs, [list(range(0, HEAD, HEAD // values))] * 2, scaling) for pairs, values, scaling in layers_of(out)
+        ]
+        if "surgery" not in config_of(out) and said["method"] != "paper":
+            layers = [(pairs, kept, HEAD**-0.5) for pairs, kept, _ in layers]  # folded into the queries
+        close(found, run(silence(load(base), layers, config_of(base))), 2e-5)
