@@ -117,6 +117,9 @@ def convert(
         plan, lock, verification = _run_stages(run, checkpoint, plan)
         _put_in_place(partial, out, overwrite=overwrite)
     shutil.rmtree(partial)
+    if plan.code and "." in out.name:
+        note = "transformers before 4.57 cannot load code from a local folder with a dot in its name; the Hub is fine"
+        plan = replace(plan, notes=(*plan.notes, note))
     return Conversion(out, plan, lock, verification, time.monotonic() - started, resumed)
 
 
@@ -131,9 +134,9 @@ def _run_stages(
             if edited:
                 folder = run.partial / "stages" / str(number)
                 _write(run, current, draft, folder, None)
-                current = open_checkpoint(folder, trust_remote_code=True)
+                current = open_checkpoint(folder, revision=checkpoint.revision, trust_remote_code=True)
                 draft, edited = open_draft(current), False
-            found = _measure(run, current, step, number)
+            found = _measure(run, current, step)
             run.measured[f"{number}.{step.operation.name}"] = found
         step.edit(draft, found)
         edited = True
@@ -188,7 +191,7 @@ def _write(
     return outputs
 
 
-def _measure(run: _Run, checkpoint: Checkpoint, step: Step, number: int) -> Statistics:
+def _measure(run: _Run, checkpoint: Checkpoint, step: Step) -> Statistics:
     from surgery.calibration.stage import measure
 
     return measure(
@@ -205,10 +208,10 @@ def _finish(
 
     folder = run.partial / "checkpoint"
     verification = _verify(run, base, plan, folder)
-    lock = make_lock(base, run.manifest, run.measured, inputs, verification)
+    lock = make_lock(base, run.manifest, plan, run.measured, inputs, verification)
     card = write_file(folder / "README.md", card_bytes(base, plan, draft, run.manifest, outputs, verification))
     outputs = {**outputs, card.file: card}
-    lock["outputs"] = {f.file: {"sha256": f.sha256, "bytes": f.bytes} for f in sorted(outputs.values(), key=lambda f: f.file)}
+    lock["outputs"] = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(outputs.items())}
     write_file(folder / LOCK, lock_bytes(lock))
     sync_folder(folder)
     return lock, verification
@@ -276,10 +279,12 @@ def _check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
-        raise OutputExists(f"{out} exists", cause="nothing is replaced unasked", remedy="choose another OUT, or pass --overwrite")
+        raise OutputExists(
+            f"{out} exists", cause="nothing is replaced unasked", remedy="choose another OUT, or pass --overwrite"
+        )
     if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / LOCK).is_file()):
         raise OutputExists(
-            f"{out} was not written by surgery", cause=f"it has no {LOCK}, and what surgery did not write it does not delete",
+            f"{out} was not written by surgery", cause=f"it has no {LOCK}, and nothing of others is deleted",
             remedy="move it away yourself, or choose another OUT",
         )  # fmt: skip
 
@@ -307,7 +312,8 @@ def _open_journal(partial: Path, fingerprint: str, *, resume: bool) -> Journal:
     if earlier is not None and resume and earlier[0] == fingerprint:
         return earlier[1]
     for name in ("stages", "checkpoint"):
-        shutil.rmtree(partial / name, ignore_errors=False) if (partial / name).exists() else None
+        if (partial / name).exists():
+            shutil.rmtree(partial / name)
     return start_journal(partial, fingerprint)
 
 

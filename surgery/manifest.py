@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -198,7 +198,9 @@ class Output(_Section):
 class Verify(_Section):
     """What the result must hold beside what every operation promises."""
 
-    text: Text | None = Field(default=None, description="held-out text for perplexity, as in calibration.text")
+    text: Text | None = Field(
+        default="builtin", description="held-out text for perplexity, as in calibration.text; null measures none"
+    )
     max_perplexity_ratio: float | None = Field(
         default=None, gt=0, lt=1e6, description="the result's perplexity over the base's may be at most this"
     )
@@ -247,6 +249,18 @@ class Manifest:
     def to_yaml(self) -> str:
         """The canonical form as a manifest file."""
         return yaml.dump(self.to_json(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+    def portable(self) -> Manifest:
+        """The manifest with files that were named by absolute paths named by their last parts, fit for strangers."""
+
+        def named(section: Any) -> Any:
+            if not section or not isinstance(section.text, tuple):
+                return section
+            names = (file.path.name if Path(file.given).is_absolute() else file.given for file in section.text)
+            files = (replace(file, given=name) for file, name in zip(section.text, names, strict=True))
+            return section.model_copy(update={"text": tuple(files)})
+
+        return replace(self, calibration=named(self.calibration), verify=named(self.verify))
 
     def sha256(self) -> str:
         """A hash of the canonical form, equal for manifests that mean the same."""

@@ -125,10 +125,10 @@ class Draft:
         cast: dict[str, Value] = {}
         for name, value in self.tensors.items():
             spec = value.spec
+            cast[name] = value
             if spec.dtype in FLOATING and spec.dtype != dtype:
                 outputs = {name: TensorSpec(dtype, spec.shape)}
-                value = Computed(Rewrite({name: value}, outputs, cast_one(name), f"stored as {dtype}"), name)
-            cast[name] = value
+                cast[name] = Computed(Rewrite({name: value}, outputs, cast_one(name), f"stored as {dtype}"), name)
         self.tensors = cast
         self.config["torch_dtype"] = self.root["torch_dtype"] = TORCH_NAMES[dtype]
         self.config.pop("dtype", None)
@@ -241,7 +241,13 @@ def make_plan(checkpoint: Checkpoint, manifest: Manifest, *, workers: int = 2) -
 
 
 def describe(
-    checkpoint: Checkpoint, draft: Draft, manifest: Manifest, stages: tuple[Stage, ...], *, estimated: bool, workers: int
+    checkpoint: Checkpoint,
+    draft: Draft,
+    manifest: Manifest,
+    stages: tuple[Stage, ...],
+    *,
+    estimated: bool,
+    workers: int,
 ) -> Plan:
     """The plan of a draft whose operations have been applied."""
     shards = lay_out(checkpoint, draft.tensors, manifest.output.shard_bytes)

@@ -84,7 +84,8 @@ def _read(path: Path) -> _Lock:
         raise UsageError(f"{path} is not a file", cause="a lock is OUT/surgery.lock.json", remedy="check the path")
     found = read_json(path.parent, path.name)
     parts = ("base", "manifest", "statistics", "outputs", "versions")
-    if not isinstance(found, dict) or found.get("lock") != FORMAT or not all(isinstance(found.get(p), dict) for p in parts):
+    known = isinstance(found, dict) and found.get("lock") == FORMAT
+    if not known or not all(isinstance(found.get(part), dict) for part in parts):
         raise UsageError(
             f"{path.name} is not a lock of format {FORMAT}", cause=f"it must have {', '.join(parts)}",
             remedy="use the surgery.lock.json of a converted checkpoint",
@@ -134,6 +135,6 @@ def _compare(done: Conversion, recorded: _Lock) -> None:
         moved = [f"{k} {recorded.versions.get(k)} -> {v}" for k, v in now.items() if recorded.versions.get(k) != v]
         raise VerificationFailure(
             f"{len(differing)} files differ from the lock: {', '.join(differing[:6])}",
-            cause=f"versions changed: {'; '.join(moved)}" if moved else "the versions are the same; the processor may differ",
+            cause=f"changed since: {'; '.join(moved)}" if moved else "versions are the same; the processor may differ",
             remedy=f"compare {done.out} with the original; it stays in place",
         )

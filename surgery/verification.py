@@ -118,9 +118,9 @@ def verify(
     Raises UsageError where a promise needs a base or a text that is not given, and VerificationFailure where the
     fresh process dies or takes too long. Checks that fail are in the result: see `Verification.require`.
     """
-    promises, trial = promises or Promises(), trial or Trial()
-    _check_question(against, promises, trial)
     structure, opened = check_structure(checkpoint)
+    promises, trial = promises or recorded_promises(checkpoint), trial or Trial()
+    _check_question(against, promises, trial)
     files = (structure, check_hashes(checkpoint))
     if opened is None or any(check.status == "fail" for check in files):
         unsafe = Check("model", "skip", "nothing is run from a folder whose files are not what was written")
@@ -150,6 +150,18 @@ def verify(
     checks = tuple(Check(**check) for check in result["checks"])
     versions = {name: result[name] for name in ("transformers", "torch", "python")}
     return Verification((*files, *checks), result["measurements"], versions)
+
+
+def recorded_promises(folder: Path) -> Promises:
+    """What the lock in `folder` says of the model; nothing where there is no lock that can be read."""
+    if not (folder / LOCK).is_file():
+        return Promises()
+    try:
+        promised = read_json(folder, LOCK)["promises"]
+        bytes_per_token, dtype = promised["kv_bytes_per_token"], promised["kv_dtype"]
+    except (SurgeryError, KeyError, TypeError):
+        return Promises()  # `check_hashes` reports a lock that cannot be read
+    return Promises(kv_bytes_per_token=bytes_per_token, kv_dtype=dtype, static_cache=True)
 
 
 def check_structure(folder: Path) -> tuple[Check, Checkpoint | None]:

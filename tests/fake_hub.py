@@ -29,7 +29,7 @@ class FakeHub:
 
 
 @contextmanager
-def fake_hub(files: dict[str, bytes]) -> Iterator[FakeHub]:  # noqa: C901 - one handler, seen whole
+def fake_hub(files: dict[str, bytes]) -> Iterator[FakeHub]:
     """Serve `files` while the block runs."""
     hub = FakeHub(files)
 
@@ -69,7 +69,7 @@ def fake_hub(files: dict[str, bytes]) -> Iterator[FakeHub]:  # noqa: C901 - one 
                 return self.fail(404, "RevisionNotFound")
             if "/tree/" in path:
                 return self.json([
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}  # noqa: S324
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                     for name, data in hub.files.items()
                 ])  # fmt: skip
             if path.startswith("/api/"):
@@ -84,7 +84,7 @@ def fake_hub(files: dict[str, bytes]) -> Iterator[FakeHub]:  # noqa: C901 - one 
             data = hub.files.get(name)
             if data is None:
                 return self.fail(404, "EntryNotFound")
-            etag = f'"{hashlib.sha1(data).hexdigest()}"'  # noqa: S324
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if asked and hub.ranges:
                 start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))

@@ -23,7 +23,7 @@ from surgery.errors import CorruptCheckpoint, SourceUnavailable, SurgeryError, U
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-SECRET = "not for publication"  # noqa: S105 - a text to look for
+SECRET = "not for publication"
 
 Build = Callable[[Path], object]
 
@@ -401,7 +401,8 @@ CASES: tuple[Case, ...] = (
     Case("index-extra-tensor", lambda folder: sharded(folder, {"a.weight": "x.safetensors"}, {
         "x.safetensors": weights("a.weight", "b.weight")}), CorruptCheckpoint),
     Case("index-wrong-shard", lambda folder: sharded(folder, {
-        "a.weight": "model-00002-of-00002.safetensors", "b.weight": "model-00001-of-00002.safetensors"}), CorruptCheckpoint),
+        "a.weight": "model-00002-of-00002.safetensors",
+        "b.weight": "model-00001-of-00002.safetensors"}), CorruptCheckpoint),
     Case("index-tensor-twice", lambda folder: sharded(folder, files={
         "model-00001-of-00002.safetensors": weights("a.weight"),
         "model-00002-of-00002.safetensors": weights("a.weight", "b.weight")}), CorruptCheckpoint),

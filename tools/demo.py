@@ -67,7 +67,8 @@ def report(done: surgery.Conversion, loaded: dict[str, dict[str, str]]) -> None:
     for name, before, after in rows:
         print(f"{name:34} {show(before):>24}  ->  {show(after)}")
     checks = verification.checks if verification is not None else ()
-    print(f"\nverified in a fresh process: {sum(c.status == 'pass' for c in checks)} checks passed, {done.seconds:.1f} s in all")
+    passed = sum(check.status == "pass" for check in checks)
+    print(f"\nverified in a fresh process: {passed} checks passed, {done.seconds:.1f} s in all")
 
 
 def show(value: object) -> str:

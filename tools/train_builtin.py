@@ -5,7 +5,7 @@
 
 The seed, the steps and the threads are fixed and every operation is deterministic, so a second run writes the same
 bytes: on the same kind of processor and the releases of Python (whose documentation is the text), torch, transformers
-and tokenizers that training.json names, and not beyond.
+and tokenizers that its record names, and not beyond.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a built-in model and print its figures.")
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("--out", type=Path, help="folder to write or check; without it, the one inside the package")
-    parser.add_argument("--check", action="store_true", help="train nothing; compare the folder with its training.json")
+    parser.add_argument("--check", action="store_true", help="train nothing; compare the folder with its record")
     arguments = parser.parse_args()
     folder = arguments.out or BUILTIN / arguments.name
     if arguments.check:
@@ -103,7 +103,7 @@ def build(recipe: Recipe, folder: Path) -> dict[str, Any]:
         **{library.__name__: library.__version__ for library in (torch, transformers, tokenizers)},
         **heldout_figures(folder),  # of the files as written: rounded to bfloat16
     }
-    write_json(folder / "training.json", figures)
+    write_json(folder.with_suffix(".json"), figures)
     if folder_size(folder) > LARGEST_FOLDER:
         raise SystemExit(f"{folder} holds {folder_size(folder)} bytes, more than {LARGEST_FOLDER}")
     return figures
@@ -112,7 +112,7 @@ def build(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def check(folder: Path) -> int:
     """Judge a written folder against its own figures; 0 when it is small enough and as good as it says."""
     make_deterministic()
-    recorded = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    recorded = json.loads((folder.with_suffix(".json")).read_text(encoding="utf-8"))
     measured = heldout_figures(folder)
     same_text = recorded["training_text_sha256"] == hashlib.sha256(training_text().encode()).hexdigest()
     # Another Python words its documentation a little differently, and the perplexity moves with it.

@@ -40,5 +40,5 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
     raise UnsupportedModel(
         f"no architecture describes model_type {found!r}{did_you_mean(str(found), known)}",
         cause=f"families known: {', '.join(sorted(known))}",
-        remedy="use the empty manifest (passthrough), or add a file to surgery/architectures/ (CONTRIBUTING.md says how)",
+        remedy="use manifests/passthrough.yaml, or add a file to surgery/architectures/ as CONTRIBUTING.md says",
     )

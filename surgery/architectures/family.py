@@ -30,11 +30,11 @@ class Attention(_Data):
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
-    fused: str | None = Field(default=None, description="one projection that holds query, key and value rows in this order")
+    fused: str | None = Field(default=None, description="one projection with the rows of query, key and value")
     qk_norm: Literal["none", "head", "full"] = Field(
         default="none", description="RMS norm of queries and keys: over each head, or over all heads together"
     )
-    native_head_dim: bool = Field(description="the stock class sizes its projections by config.head_dim, on every version")
+    native_head_dim: bool = Field(description="the stock class sizes projections by config.head_dim, on every version")
     clip: str | None = Field(default=None, description="config key of a clamp on queries, keys and values")
     window: str | None = Field(default=None, description="config key of a sliding window")
 
@@ -46,6 +46,6 @@ class Architecture(_Data):
     title: str
     since: str = Field(description="first transformers version, from our floor on, that has the family")
     classes: Classes
-    text_config: str | None = Field(default=None, description="config key under which the language model's config is nested")
+    text_config: str | None = Field(default=None, description="config key of the nested language model's config")
     layers: str = Field(description="tensor-name template of a decoder layer, with {layer}")
     attention: Attention

@@ -49,8 +49,9 @@ class Model:
         value = default if value is None else value
         if type(value) is not int or value <= 0:
             raise CorruptCheckpoint(
-                f"config.json has {key} = {value!r}", cause="it must be a positive whole number", remedy="check config.json"
-            )
+                f"config.json has {key} = {value!r}", cause="it must be a positive whole number",
+                remedy="check config.json",
+            )  # fmt: skip
         return value
 
     @property

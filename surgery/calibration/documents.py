@@ -66,8 +66,9 @@ def _dataset(source: Any, field: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise MissingPackage(
-            "a dataset was named but `datasets` is not installed", cause=str(error), remedy="pip install 'surgery[datasets]'"
-        ) from error
+            "a dataset was named but `datasets` is not installed", cause=str(error),
+            remedy="pip install 'surgery[datasets]'",
+        ) from error  # fmt: skip
     name, _, revision = source.dataset.partition("@")
     try:
         rows = load_dataset(name, split=source.split, revision=revision or None, streaming=True)

@@ -27,7 +27,8 @@ class LayerCall:
     def run(self, hidden: Tensor) -> Tensor:
         """Apply the layer to hidden states [B, T, D]."""
         out = self.layer(hidden, **self.keywords)
-        return out[0] if isinstance(out, tuple) else out
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
 
 
 def decoder_layers(network: Any) -> nn.ModuleList:
@@ -43,12 +44,12 @@ def record_calls(network: Any, windows: Tensor) -> tuple[Tensor, list[LayerCall]
     entering: list[Tensor] = []
 
     def recorder(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def hook(_module: nn.Module, _positional: tuple[Any, ...], named: dict[str, Any]) -> None:
             keywords[index] = {k: v for k, v in named.items() if k != "hidden_states"}
 
         return hook
 
-    def first(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def first(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         entering.append(positional[0] if positional else named["hidden_states"])
         raise _Entered
 
@@ -68,7 +69,7 @@ def record_calls(network: Any, windows: Tensor) -> tuple[Tensor, list[LayerCall]
     return torch.cat(entering), [LayerCall(layer, kept) for layer, kept in zip(layers, keywords, strict=True)]
 
 
-class _Entered(Exception):  # noqa: N818 - a signal, not an error
+class _Entered(Exception):
     """Ends a forward pass once the first layer was reached."""
 
 
@@ -77,7 +78,7 @@ def attention_traffic(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tenso
     """Collect (input, output) of an attention module, each [B, T, D], while the context is open."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
+    def hook(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         entering = positional[0] if positional else named["hidden_states"]
         seen.append((entering, out[0] if isinstance(out, tuple) else out))
 
@@ -92,7 +93,7 @@ def attention_traffic(attention: nn.Module) -> Iterator[list[tuple[Tensor, Tenso
 def replaced_output(attention: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let an attention module return `compute(its input)` in the place of its own output."""
 
-    def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], out: Any) -> Any:
+    def hook(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], out: Any) -> Any:
         entering = positional[0] if positional else named["hidden_states"]
         return (compute(entering), *out[1:]) if isinstance(out, tuple) else compute(entering)
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from surgery.calibration.loading import loaded_model
 from surgery.calibration.documents import calibration_source
+from surgery.calibration.loading import loaded_model
 from surgery.calibration.text import Windows, sampled_windows, text_windows
 from surgery.checkpoint.evaluate import load
 from surgery.checkpoint.reader import Checkpoint
@@ -51,7 +51,14 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def measure(
-    checkpoint: Checkpoint, step: Step, calibration: Calibration, *, folder: Path, device: str, report: Report, stage: str
+    checkpoint: Checkpoint,
+    step: Step,
+    calibration: Calibration,
+    *,
+    folder: Path,
+    device: str,
+    report: Report,
+    stage: str,
 ) -> Statistics:
     """Measure for one step, or take the stored result of an equal measurement from `folder`.
 

@@ -11,7 +11,6 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,12 @@ import yaml
 
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
-from surgery.checkpoint.writer import hash_file
 from surgery.emission.checkpoint import result_code, result_config
 from surgery.emission.figures import figures
 from surgery.emission.licence import base_licence
 from surgery.emission.lock import LOCK, portable_source
 from surgery.emission.markdown import code, fenced, table, text, value
+from surgery.emission.side_files import repairs
 from surgery.planning import Draft, Plan
 from surgery.version import __version__
 
@@ -180,33 +179,23 @@ def limits(draft: Draft, *, custom: bool, changed: bool) -> str:
 
 def files_text(base: Checkpoint, plan: Plan, outputs: Mapping[str, Finished]) -> str:
     """What became of the files that came with the base."""
+    changed = {repair.name: repair.note for repair in repairs(base)}
     carried = [name for name, dropped in plan.side_files.items() if not dropped and name in outputs]
-    changed = [name for name in carried if hash_file(base.path(name)).sha256 != outputs[name].sha256]
     same = [code(name) for name in carried if name not in changed]
+    lines = [f"- as they came: {', '.join(same)}"] if same else []
+    lines += [f"- changed: {code(name)}, {text(note)}" for name, note in changed.items()]
+    lines.append("- written anew: `config.json`, in the spelling that transformers 4.48 to 5.x read alike")
     dropped = [f"- not carried: {code(name)}, {text(why)}" for name, why in plan.side_files.items() if why]
     if len(dropped) > MAX_LISTED:
         dropped[MAX_LISTED:] = [f"- not carried: {len(dropped) - MAX_LISTED} more"]
-    respelled = ", ".join(code(name) for name in ["config.json", *changed])
-    lines = [f"- as they came: {', '.join(same)}"] if same else []
-    return "\n".join([*lines, f"- respelled for transformers 4.48 to 5.x: {respelled}", *dropped])
+    return "\n".join([*lines, *dropped])
 
 
 def reproducing(manifest: Manifest) -> str:
     """The manifest, and the command that makes the same bytes."""
-    recipe = fenced(_portable(manifest).to_yaml(), "yaml")
+    recipe = fenced(manifest.portable().to_yaml(), "yaml")
     again = f"`surgery reproduce {LOCK} OUT` makes the same bytes with surgery {__version__}, or says what changed."
     return f"{recipe}\n\n{again}\n`{LOCK}` holds the hash of every file that was read or written."
-
-
-def _portable(manifest: Manifest) -> Manifest:
-    """The manifest with files that were named by absolute paths named by their last parts."""
-
-    def named(section: Any) -> Any:
-        if not section or not isinstance(section.text, tuple):
-            return section
-        return section.model_copy(update={"text": tuple(replace(of, given=of.path.name) for of in section.text)})
-
-    return replace(manifest, calibration=named(manifest.calibration), verify=named(manifest.verify))
 
 
 def licence_text(base: Checkpoint, licence: str | None) -> str:

@@ -21,7 +21,7 @@ def write_small_files(checkpoint: Checkpoint, draft: Draft, folder: Path) -> lis
     """Write config.json, the code that the draft needs (none for a stock result), and the carried side files."""
     written = [write_file(folder / "config.json", json_bytes(result_config(draft)))]
     written += [write_file(folder / name, content) for name, content in result_code(draft).items()]
-    return [*written, *carry(checkpoint, folder)]
+    return [*written, *carry(checkpoint, folder, already={file.file for file in written})]
 
 
 def result_config(draft: Draft) -> dict[str, Any]:

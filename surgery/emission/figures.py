@@ -68,6 +68,4 @@ def _heldout(manifest: Manifest, found: Mapping[str, float]) -> str:
         return "random tokens, as there was no text or no tokenizer"
     if isinstance(named, tuple):
         return ", ".join(code(file.path.name) for file in named)
-    if named in {None, "builtin"}:
-        return "the Python documentation that surgery holds out"
-    return "text that the base wrote" if named == "self" else code(str(getattr(named, "dataset", named)))
+    return "Python documentation held out" if named == "builtin" else code(str(getattr(named, "dataset", named)))

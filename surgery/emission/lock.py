@@ -1,4 +1,4 @@
-"""`surgery.lock.json`: what went in, what came out, and with which versions, so that the same bytes can be had again."""
+"""`surgery.lock.json`: what went in, what came out, and with which versions, so that it can be done again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
     from surgery.operations.base import Statistics
+    from surgery.planning import Plan
     from surgery.verification import Verification
 
 LOCK = "surgery.lock.json"
@@ -25,6 +26,7 @@ FORMAT = 1
 def make_lock(
     base: Checkpoint,
     manifest: Manifest,
+    plan: Plan,
     measured: Mapping[str, Statistics],
     inputs: Mapping[str, Finished],
     verification: Verification | None,
@@ -37,7 +39,8 @@ def make_lock(
             "revision": base.revision,
             "files": {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(inputs.items())},
         },
-        "manifest": manifest.to_json(),
+        "manifest": manifest.portable().to_json(),
+        "promises": {"kv_bytes_per_token": plan.cache_bytes_after, "kv_dtype": plan.cache_dtype},
         "statistics": {name: dict(found.facts.get("provenance", {})) for name, found in measured.items()},
         "verification": None if verification is None else asdict(verification),
         "versions": versions(),

@@ -48,8 +48,8 @@ class Measuring:
     """What a measurement may use.
 
     `network` is the loaded transformers model in eval mode (parts of it may be offloaded by accelerate), `model` its
-    sizes and names, `tensor` reads a stored tensor by name, `windows` are the calibration tokens [N, T]. `progress` takes
-    (done, of).
+    sizes and names, `tensor` reads a stored tensor by name, `windows` are the calibration tokens [N, T]. `progress`
+    takes (done, of).
     """
 
     network: Any
@@ -60,7 +60,7 @@ class Measuring:
     progress: Callable[[int, int], None] = lambda done, of: None
 
 
-def never(settings: Any) -> bool:
+def never(_settings: Any) -> bool:
     """For operations that measure nothing."""
     return False
 

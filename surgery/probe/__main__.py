@@ -9,6 +9,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Run the checks of the job named first on the command line; write the result where the second argument says."""
     sys.modules["surgery"] = None  # type: ignore[assignment]  # every import of surgery now fails, installed or not
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]  # else loading.py shadows others

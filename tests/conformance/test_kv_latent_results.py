@@ -6,14 +6,14 @@ narrow attention must compute exactly what the wide one computes with them.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as some
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_runtime_attention import NORMED, double, load, needs, repeat, silence, stacked
 from torch import nn
@@ -36,7 +36,8 @@ CASES = [
 ]
 every_case = pytest.mark.parametrize(("family", "rope"), CASES, ids=["-".join(case) for case in CASES])
 every_family = pytest.mark.parametrize("family", FAMILIES)
-EVERYTHING = {"qk_dim": [6, 10], "vo_dim": [12, 6]}
+EVERYTHING = {"qk_dim": [6, 10], "vo_dim": [12, 6], "refit_q": True}
+STRIDE = {"method": "stride"}
 NO_FIT = {"logit_gain": False, "refit_q": False, "refit_o": False}
 
 
@@ -175,7 +176,7 @@ def test_full_width_changes_no_bit(family, tmp_path):
     needs(family)
     base = write_tiny(tmp_path / "base", family, "longrope" if family == "phi3" else "yarn", shards=2)
     for name, chosen in (
-        ("stride", {"method": "stride", "kv_ratio": 1.0}),
+        ("stride", {**STRIDE, "kv_ratio": 1.0}),
         ("calibrated", {"qk_dim": HEAD, "vo_dim": HEAD}),
     ):
         out = convert(base, tmp_path / name, chosen)
@@ -192,7 +193,7 @@ def test_stride_is_the_masked_base(family, rope, stride, tmp_path):
     needs(family)
     base = write_tiny(tmp_path / f"base_{family}_{rope}", family, rope, seed=3, dtype=torch.float64)
     width = HEAD // stride
-    out = convert(base, tmp_path / f"{family}_{rope}_{stride}", {"method": "stride", "qk_dim": width, "vo_dim": width})
+    out = convert(base, tmp_path / f"{family}_{rope}_{stride}", {**STRIDE, "qk_dim": width, "vo_dim": width})
     stock = family not in CUSTOM and rope in ("default", "linear", "llama3")
     assert ("surgery" not in config_of(out)) == stock
     assert bool(list(out.glob("*.py"))) != stock
@@ -209,7 +210,7 @@ def test_stride_is_the_masked_base(family, rope, stride, tmp_path):
 def test_unequal_widths_are_the_masked_base(family, qk_dim, vo_dim, tmp_path):
     base = write_tiny(tmp_path / f"base_{family}", family, seed=3, dtype=torch.float64)
     name = f"{family}_{qk_dim}_{vo_dim}".translate(dict.fromkeys(map(ord, "[], "), "_"))
-    out = convert(base, tmp_path / name, {"method": "stride", "qk_dim": qk_dim, "vo_dim": vo_dim})
+    out = convert(base, tmp_path / name, {**STRIDE, "qk_dim": qk_dim, "vo_dim": vo_dim})
     qk, vo = (dim if isinstance(dim, list) else [dim] * 2 for dim in (qk_dim, vo_dim))
     layers = [strided(base, k, v, HEAD**-0.5)[0] for k, v in zip(qk, vo, strict=True)]
     close(run(exact(out)), run(silence(exact(base), layers, config_of(base))), 1e-10)
@@ -218,19 +219,28 @@ def test_unequal_widths_are_the_masked_base(family, qk_dim, vo_dim, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_matched_pairs_are_the_masked_base(family, tmp_path):
     base = write_tiny(tmp_path / f"base_{family}", family, seed=3, dtype=torch.float64)
-    out = convert(base, tmp_path / f"{family}_matched", {"method": "stride", "qk_select": "matched", "qk_dim": 8, "vo_dim": 8})
+    out = convert(base, tmp_path / f"{family}_matched", {**STRIDE, "qk_select": "matched", "qk_dim": 8, "vo_dim": 8})
     # exponents 1/4, 1/2, 3/4, 7/8 of a head with 8 pairs at j/8
     layers = [([[2, 4, 6, 7]] * 2, [list(range(0, HEAD, 2))] * 2, HEAD**-0.5)] * 2
     close(run(exact(out)), run(silence(exact(base), layers, config_of(base))), 1e-10)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 4), (4, 2)], ids=["MQA", "MHA", "GQA"])
-@pytest.mark.parametrize(("family", "window"), [("mistral", 7), ("llama", None), ("qwen2", None)])
-def test_grouping_and_windows(family, window, heads, groups, tmp_path):
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": heads * HEAD}
-    more = {"sliding_window": window} if window else {}
-    base = write_tiny(tmp_path / f"base_{family}_{groups}", family, dtype=torch.float64, **sizes, **more)
-    out = convert(base, tmp_path / f"s_{family}_{groups}", {"method": "stride", "qk_dim": 4, "vo_dim": 8})
+WINDOWS = {
+    "none": ("llama", {}),
+    "all layers": ("mistral", {"sliding_window": 7}),
+    "last layer": ("qwen2", {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1}),
+    "wide head": ("llama", {"hidden_size": 40}),
+    "fused": ("phi3", {"sliding_window": 7}),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_grouping_and_windows(kind, groups, tmp_path):
+    family, more = WINDOWS[kind]
+    window = "sliding_window" in more
+    base = write_tiny(tmp_path / f"base_{family}_{groups}", family, dtype=torch.float64, num_key_value_heads=groups, **more)
+    out = convert(base, tmp_path / f"s_{family}_{groups}", {**STRIDE, "qk_dim": 4, "vo_dim": 8})
     close(run(exact(out)), run(silence(exact(base), strided(base, 4, 8, HEAD**-0.5), config_of(base))), 1e-10)
     out = convert(base, tmp_path / f"c_{family}_{groups}", EVERYTHING)
     close(run(load(out).float()), run(padded(base, out).float()), 2e-5)
@@ -249,7 +259,7 @@ def unwindowed(folder, copy):
 def test_scaled_tables_are_the_base_own(tmp_path):
     """A unit vector turned by the latent attention shows the cosine and sine that it used."""
     base = write_tiny(tmp_path / "base", "llama", "yarn")
-    out = convert(base, tmp_path / "yarn_unequal", {"method": "stride", "qk_dim": 4, "vo_dim": 8})
+    out = convert(base, tmp_path / "yarn_unequal", {**STRIDE, "qk_dim": 4, "vo_dim": 8})
     model, wide = load(out), load(base)
     places = torch.arange(200)[None]
     table = wide.model.rotary_emb(torch.zeros(1), places)
@@ -265,7 +275,7 @@ def test_scaled_tables_are_the_base_own(tmp_path):
 def test_logits_depend_on_distances_only(tmp_path):
     base = write_tiny(tmp_path / "base", "llama", "llama3", dtype=torch.float64)
     for name, chosen in (
-        ("stock", {"method": "stride", "qk_dim": 8, "vo_dim": 8}),
+        ("stock", {**STRIDE, "qk_dim": 8, "vo_dim": 8}),
         ("latent", {"qk_dim": 6, "vo_dim": 8}),
         ("paper_own", {"method": "paper", "qk_dim": 8, "vo_dim": 8}),
     ):
@@ -372,7 +382,7 @@ def test_twice_by_two_is_once_by_four(family, method, tmp_path):
             close(tensors_of(found)[name], tensor, 1e-15)
 
 
-@pytest.mark.parametrize("chosen", [{"method": "stride", "qk_dim": 4, "vo_dim": 8}, {"qk_dim": 6, "vo_dim": 12}], ids=str)
+@pytest.mark.parametrize("chosen", [{**STRIDE, "qk_dim": 4, "vo_dim": 8}, {"qk_dim": 6, "vo_dim": 12}], ids=str)
 def test_permuting_heads_commutes(chosen, tmp_path):
     base = write_tiny(tmp_path / "base", "qwen2", seed=4)
     turned = tmp_path / "turned"
@@ -437,11 +447,46 @@ def test_calibrated_is_its_own_weights_in_the_base(family, rope, chosen, tmp_pat
         close(run(load(out, attn_implementation=implementation)), wanted, 2e-5)
 
 
+def facts_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["facts"])
+
+
+MEASURED = [(*case, {}) for case in CASES] + [(family, "default", more) for family, more in WINDOWS.values() if more]
+
+
+@pytest.mark.parametrize(("family", "rope", "more"), MEASURED, ids=[f"{f}-{r}-{'-'.join(m)}" for f, r, m in MEASURED])
+def test_measuring_sees_the_model_own_attention(family, rope, more, tmp_path):
+    """At full width nothing is lost, so what is measured must be the module's own output."""
+    needs(family)
+    base = write_tiny(tmp_path / f"base_{family}", family, rope, seed=6, **more)
+    out = convert(base, tmp_path / "out", {"qk_dim": HEAD, "vo_dim": HEAD, **NO_FIT}, length=80)
+    assert all(layer["relative_error"] < 1e-8 for layer in facts_of(measured(tmp_path)[0])["layers"])
+    assert not list(out.glob("*.py"))
+
+
+def test_head_widths_that_eight_does_not_divide(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama", head_dim=24)
+    out = convert(base, tmp_path / "of_24", {"kv_ratio": 0.4})
+    assert all(len(pairs[0]) * 2 + values <= 48 for pairs, values, _ in layers_of(out))
+    close(run(load(out)), run(padded(base, out)), 2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_fitted_stride_may_stay_stock(family, tmp_path):
+    base = write_tiny(tmp_path / f"base_{family}", family, attention_bias=family == "llama")
+    chosen = {**STRIDE, "qk_dim": 8, "vo_dim": 8, "logit_gain": True, "refit_q": True, "refit_o": family == "llama"}
+    out = convert(base, tmp_path / f"{family}_stock", chosen)
+    assert config_of(out)["head_dim"] == 8
+    assert not list(out.glob("*.py"))
+    close(run(load(out)), run(padded(base, out)), 2e-5)
+
+
 @every_family
 @pytest.mark.parametrize(
     "chosen",
-    [{"kv_ratio": 0.6}, EVERYTHING, {"method": "stride", "qk_dim": 4, "vo_dim": 8}, {"method": "stride", "kv_ratio": 0.5}],
-    ids=str,
+    [{"kv_ratio": 0.6}, EVERYTHING, {**STRIDE, "qk_dim": 4, "vo_dim": 8}, {**STRIDE, "kv_ratio": 0.5}],
+    ids=["budget", "everything", "stride", "stride to a budget"],
 )
 def test_cache_bytes_are_those_planned(family, chosen, tmp_path):
     needs(family)
@@ -530,7 +575,7 @@ def test_calibration_beats_the_stride(tmp_path):
     lost = {}
     for name, chosen in (
         ("calibrated", {"kv_ratio": 0.5}), ("uniform", {"qk_dim": 8, "vo_dim": 8}),
-        ("stride", {"method": "stride", "qk_dim": 8, "vo_dim": 8}),
+        ("stride", {**STRIDE, "qk_dim": 8, "vo_dim": 8}),
     ):  # fmt: skip
         done = surgery.convert(
             "builtin:llama", tmp_path / name, manifest(chosen, text="builtin", samples=16, length=64),
@@ -564,11 +609,22 @@ RANDOM_SETTINGS = some.fixed_dictionaries(
         "qk_select": some.sampled_from(["energy", "stride", "matched"]),
         "rope": some.sampled_from(["keep", "paper"]),
         "vo_basis": some.sampled_from(["svd", "stride"]),
+        "allocation": some.sampled_from(["measured", "uniform"]),
         "logit_gain": some.booleans(),
         "refit_q": some.booleans(),
         "refit_o": some.booleans(),
     },
 )
+
+
+UNFITTED = some.fixed_dictionaries(
+    {
+        "qk_dim": some.sampled_from([4, 8, 16, [4, 8], [16, 4]]),
+        "vo_dim": some.sampled_from([1, 2, 8, 16, [16, 4]]),
+        "method": some.sampled_from(["calibrated", "stride"]),
+        "qk_select": some.sampled_from(["energy", "stride", "matched"]),
+    }
+).map(lambda chosen: {**chosen, **NO_FIT, "vo_basis": "stride"})
 
 
 @pytest.fixture(scope="module")
@@ -579,30 +635,165 @@ def arena(tmp_path_factory):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
-@given(chosen=RANDOM_SETTINGS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(chosen=RANDOM_SETTINGS | UNFITTED)
 def test_any_settings_are_refused_or_hold(arena, chosen):
     folder, base = arena
-    out = folder / f"result_{len(os.listdir(folder))}"
+    out = folder / f"result_{len(list(folder.iterdir()))}"
     try:
         done = surgery.convert(str(base), out, manifest(chosen), statistics=folder / "statistics")
     except SurgeryError:
+        event("refused")
         assert not out.exists()
         assert not out.with_name(out.name + ".partial").exists()
         return
     said = done.lock["manifest"]["operations"][0]["kv_latent"]
-    whole = all(2 * len(pairs[0]) == values == HEAD for pairs, values, _ in layers_of(out) or [])
-    if said["rope"] == "paper" or ("surgery" not in config_of(out) and "head_dim" not in config_of(out)):
-        assert said["rope"] == "paper" or all(torch.equal(t, tensors_of(base)[n]) for n, t in tensors_of(out).items())
-        assert torch.isfinite(run(load(out))).all()
-        return
     found = run(load(out))
+    if said["rope"] == "paper":  # held against the published recipe above
+        assert torch.isfinite(found).all()
+        return
+    if "surgery" not in config_of(out) and "head_dim" not in config_of(out):  # every channel was kept
+        torch.testing.assert_close(found, run(load(base)), atol=0, rtol=0)
+        return
     close(found, run(padded(base, out)), 2e-5)
-    fitted = said["logit_gain"] or said["refit_q"] or said["refit_o"] or said["vo_basis"] == "svd"
-    if not fitted and not whole:
-        layers = [
-            (pairs, [list(range(0, HEAD, HEAD // values))] * 2, scaling) for pairs, values, scaling in layers_of(out)
-        ]
-        if "surgery" not in config_of(out) and said["method"] != "paper":
-            layers = [(pairs, kept, HEAD**-0.5) for pairs, kept, _ in layers]  # folded into the queries
-        close(found, run(silence(load(base), layers, config_of(base))), 2e-5)
+    if said["logit_gain"] or said["refit_q"] or said["refit_o"] or said["vo_basis"] == "svd":
+        event("fitted")
+        return
+    event("exact")
+    stock = "surgery" not in config_of(out)
+    layers = [
+        (pairs, [list(range(0, HEAD, HEAD // values))] * 2, HEAD**-0.5 if stock and said["method"] != "paper" else scaling)
+        for pairs, values, scaling in layers_of(out)
+    ]
+    assert said["qk_select"] == "energy" or all(pairs == chosen_pairs(said["qk_select"], pairs) for pairs, _, _ in layers)
+    close(found, run(silence(load(base), layers, config_of(base))), 2e-5)
+
+
+def chosen_pairs(select, pairs):
+    """The pairs that a rule without data means, for as many as there are."""
+    count = len(pairs[0])
+    if select == "stride":
+        return [list(range(0, HEAD // 2, HEAD // 2 // count))] * 2
+    fast = [HEAD // 8 + j * HEAD // 2 // count for j in range(count // 2)]
+    return [fast + [3 * HEAD // 8 + j * HEAD // 4 // count for j in range(count // 2)]] * 2
+
+
+# Calibration: what it depends on, and what is kept
+
+
+def measured(folder):
+    return sorted((folder / "statistics").glob("*.safetensors"))
+
+
+def test_own_text_is_the_same_every_time(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama")
+    results = []
+    for number in range(2):
+        place = tmp_path / str(number)
+        place.mkdir()
+        results.append(tensors_of(convert(base, place / "out", {"kv_ratio": 0.6})))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = tensors_of(convert(base, other / "out", {"kv_ratio": 0.6}, seed=1))
+    assert any(t.shape != changed[name].shape or not torch.equal(t, changed[name]) for name, t in results[0].items())
+
+
+def test_stored_statistics_are_taken_again(tmp_path, monkeypatch):
+    from surgery.calibration import stage
+    from surgery.operations.kv_latent import measuring
+
+    base, chosen = write_tiny(tmp_path / "base", "llama"), {"qk_dim": 8, "vo_dim": 12}
+    first = tensors_of(convert(base, tmp_path / "first", chosen))
+    (stored,) = measured(tmp_path)
+
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("measured again")
+
+    read, opened = [], stage.safe_open
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "solve", forbidden)
+        patch.setattr(stage, "loaded_model", forbidden)
+        patch.setattr(stage, "safe_open", lambda path, *more: read.append(path) or opened(path, *more))
+        again = tensors_of(convert(base, tmp_path / "again", chosen))
+        assert all(torch.equal(again[name], first[name]) for name in first)
+        found = stage.StoredTensors(stored)
+        before = len(read)
+        assert found["layers.0.q.weight"].shape == (32, 64)
+        assert len(read) == before + 1  # one tensor is one look into the file, nothing is held
+        with pytest.raises(KeyError):
+            found["layers.9.q.weight"]
+        for changed in ({"qk_dim": 8, "vo_dim": 11}, {"qk_dim": 8, "vo_dim": 12, "refit_o": False}):
+            with pytest.raises(AssertionError, match="measured again"):
+                convert(base, tmp_path / "changed", changed)
+        for calibration in ({"samples": 5}, {"length": 23}, {"seed": 3}):
+            with pytest.raises(AssertionError, match="measured again"):
+                convert(base, tmp_path / "changed", chosen, **calibration)
+        other = write_tiny(tmp_path / "other", "llama", seed=1)
+        with pytest.raises(AssertionError, match="measured again"):
+            convert(other, tmp_path / "changed", chosen)
+        assert not (tmp_path / "changed").exists()
+
+
+def test_changed_text_is_measured_anew(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama")
+    text = some_text(base)
+    results = []
+    for content in ("abcd" * 400, "wxyz" * 400, "abcd" * 400):
+        Path(text["text"][0]).write_text(content)
+        out = convert(base, tmp_path / f"out_{len(results)}", {"qk_dim": 8, "vo_dim": 12}, **text)
+        results.append(tensors_of(out)["model.layers.1.self_attn.o_proj.weight"])
+    assert len(measured(tmp_path)) == 2
+    assert torch.equal(results[0], results[2])
+    assert not torch.allclose(results[0], results[1], atol=1e-3)
+
+
+@pytest.mark.xfail(reason="the fingerprint of calibration text leaves out the field")
+def test_another_field_is_measured_anew(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama")
+    some_text(base)
+    lines = tmp_path / "text.jsonl"
+    lines.write_text(json.dumps({"text": "abcd" * 400, "other": "wxyz" * 400}) + "\n")
+    for field in ("text", "other"):
+        convert(base, tmp_path / field, {"qk_dim": 8, "vo_dim": 12}, text=[str(lines)], field=field)
+    assert len(measured(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "resident",
+    [
+        0.7,
+        pytest.param(
+            0.3,
+            marks=pytest.mark.xfail(
+                raises=NotImplementedError, reason="windows go where the first weights are, which may be nowhere"
+            ),
+        ),
+    ],
+)
+def test_offloaded_weights_give_the_same_statistics(family, resident, tmp_path):
+    from surgery.calibration.loading import loaded_model
+    from surgery.checkpoint.evaluate import load as load_tensor
+    from surgery.checkpoint.reader import open_checkpoint
+    from surgery.operations.base import Measuring
+    from surgery.operations.kv_latent.measuring import solve
+    from surgery.operations.kv_latent.settings import KVLatentSettings
+    from surgery.planning import open_draft
+
+    checkpoint = open_checkpoint(write_tiny(tmp_path / f"base_{family}", family))
+    found = []
+    for limit in (None, int(resident * checkpoint.tensor_bytes)):
+        with loaded_model(checkpoint, "cpu", limit) as network:
+            places = set(getattr(network, "hf_device_map", {}).values())
+            assert ("disk" in places) == (limit is not None)
+            measuring = Measuring(
+                network, open_draft(checkpoint).model, lambda name: load_tensor(checkpoint, checkpoint.tensors[name]),
+                tokens(20, rows=6), 0,
+            )  # fmt: skip
+            found.append(solve(measuring, KVLatentSettings(kv_ratio=0.6)))
+    whole, offloaded = found
+    for first, second in zip(whole.facts["layers"], offloaded.facts["layers"], strict=True):
+        assert first | {"relative_error": 0} == second | {"relative_error": 0}
+    for name, tensor in whole.tensors.items():
+        close(offloaded.tensors[name], tensor)

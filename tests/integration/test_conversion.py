@@ -118,7 +118,7 @@ def test_no_resume_starts_over(large: Path, tmp_path: Path) -> None:
     assert surgery.convert(str(large), out, manifest(PASS), resume=False).resumed_files == 0
 
 
-def interrupting(after: float):  # noqa: ANN201
+def interrupting(after: float):
     def report(progress: Progress) -> None:
         if progress.stage == "write" and progress.done > after * progress.total:
             raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from surgery.errors import UsageError, VerificationFailure
 from surgery.verification import LOCK, Promises, Trial, check_hashes, check_structure, verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import write_tiny
+from tests.tiny import write_tiny
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 SPECIALS = ["<pad>", "<s>", "</s>"]

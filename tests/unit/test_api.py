@@ -17,7 +17,7 @@ from surgery.settings_table import settings_table
 from surgery.sizes import human_count, human_size, parse_size
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import FAMILIES, write_tiny
+from tests.tiny import FAMILIES, write_tiny
 
 PASSTHROUGH = {"surgery": 1, "operations": []}
 

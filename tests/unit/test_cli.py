@@ -28,7 +28,7 @@ from surgery.progress import Progress
 from surgery.verification import Check, Verification
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import write_tiny
+from tests.tiny import write_tiny
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "pydantic", "yaml", "rich", "numpy")
 PASSTHROUGH = str(Path(__file__).parents[2] / "manifests" / "passthrough.yaml")
@@ -310,7 +310,7 @@ def test_verify_finds_the_base_by_its_name(monkeypatch: pytest.MonkeyPatch, base
 
     monkeypatch.setattr(surgery.verification, "verify", verify)
     assert cli.run(["verify", "OUT", "--against", base]) == 0
-    assert seen == {"out": Path("OUT"), "against": Path(base), "trust_base_code": False}
+    assert {"out": Path("OUT"), "against": Path(base), "trust_base_code": False}.items() <= seen.items()
 
 
 def test_names_of_strangers_do_not_reach_the_terminal_as_codes(

@@ -14,7 +14,7 @@ from surgery.emission.lint import MAX_LINES, interface_calls, lint
 from surgery.errors import UnsupportedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import ARCHITECTURES, FAMILIES, tiny_config
+from tests.tiny import ARCHITECTURES, FAMILIES, tiny_config
 
 ATTENTION = RuntimePart("surgery_latent_attention.py", "LatentAttention", "self_attn")
 ENTRY = "modeling_surgery_llama.py"

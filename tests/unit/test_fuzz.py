@@ -6,7 +6,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from hostile_cases import INDEX, SINGLE, raw_file, sharded, sound, weights
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from surgery.checkpoint.header import Header, parse_header, parse_json, read_hea
 from surgery.checkpoint.journal import Finished, Journal, read_journal
 from surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from surgery.errors import CorruptCheckpoint, RefusedInput, SourceUnavailable, SurgeryError
+from tests.hostile_cases import INDEX, SINGLE, raw_file, sharded, sound, weights
 
 GOOD = weights()
 HEADER = GOOD[8 : 8 + int.from_bytes(GOOD[:8], "little")]

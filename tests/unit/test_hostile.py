@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile_cases import CASES, SECRET, Case, remote_code, sound
 
 from surgery.checkpoint.expressions import Stored
 from surgery.checkpoint.journal import start_journal
@@ -16,6 +15,7 @@ from surgery.checkpoint.layout import lay_out
 from surgery.checkpoint.reader import open_checkpoint
 from surgery.checkpoint.writer import Job, write_shards
 from surgery.errors import SourceUnavailable, SurgeryError, UnsafeCheckpoint
+from tests.hostile_cases import CASES, SECRET, Case, remote_code, sound
 
 
 def _convert(base: Path, out: Path) -> None:

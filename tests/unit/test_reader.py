@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_cases import CONFIG, INDEX, SINGLE, entry, raw_file, sharded, sound, weights
 from safetensors.numpy import save
 
 from surgery.checkpoint.header import MAX_JSON_VALUES, parse_json
 from surgery.checkpoint.reader import contained, open_checkpoint, read_into
 from surgery.errors import CorruptCheckpoint, SourceUnavailable, UnsafeCheckpoint
+from tests.hostile_cases import CONFIG, INDEX, SINGLE, entry, raw_file, sharded, sound, weights
 
 
 def test_single_file(tmp_path: Path) -> None:

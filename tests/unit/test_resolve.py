@@ -9,14 +9,14 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from fake_hub import COMMIT, ID, FakeHub, fake_hub
-from hostile_cases import CONFIG, INDEX, SINGLE, pickled, sound, weights
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.numpy import save
 
 from surgery.checkpoint import resolve
 from surgery.checkpoint.resolve import open_base
 from surgery.errors import CorruptCheckpoint, SourceUnavailable, UnsafeCheckpoint
+from tests.fake_hub import COMMIT, ID, FakeHub, fake_hub
+from tests.hostile_cases import CONFIG, INDEX, SINGLE, pickled, sound, weights
 
 BIG = save(
     {"big": np.ones((400, 400), np.float32), **{f"t{i:05d}": np.ones(1, np.float32) for i in range(2000)}},

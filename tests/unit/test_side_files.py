@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_cases import sound
 
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import open_checkpoint
 from surgery.emission.side_files import carry, repairs
 from surgery.errors import CorruptCheckpoint, EnvironmentFailure, SourceUnavailable, SurgeryError, UnsafeCheckpoint
+from tests.hostile_cases import sound
 
 GREEDY = {"do_sample": False, "max_length": 99, "eos_token_id": [1, 2]}
 

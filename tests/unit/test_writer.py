@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hostile_cases import CONFIG, SINGLE, entry, raw_file, sharded, sound, weights
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
@@ -35,6 +36,7 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedModel,
 )
+from tests.hostile_cases import CONFIG, SINGLE, entry, raw_file, sharded, sound, weights
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PT = {"format": "pt"}
@@ -257,7 +259,7 @@ def test_outputs_of_one_rewrite_stand_together(tmp_path: Path) -> None:
 def test_a_rewrite_that_breaks_its_promise(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     checkpoint = open_checkpoint(sound(tmp_path / "base"))
     tensors = rewrite({"a.weight": kept(checkpoint)["a.weight"]}, {"a.weight": (dtype, shape)}, dict)
-    with pytest.raises(InternalError, match="gave torch.float32"):
+    with pytest.raises(InternalError, match="gave torch"):
         write(checkpoint, tmp_path / "out", tensors)
 
 
@@ -402,6 +404,54 @@ def test_one_failure_stops_the_others(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="the true error"):
         write(checkpoint, tmp_path / "out", tensors, workers=2)
     assert not list((tmp_path / "out").glob("*.writing"))
+
+
+def test_a_failure_stops_a_shard_in_its_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "BLOCK", 64)
+    long = save({"long": np.zeros(40_000, np.float32)}, metadata=PT)
+    files = {"a.safetensors": weights("bad"), "b.safetensors": long, "c.safetensors": weights("c")}
+    weight_map = {"bad": "a.safetensors", "long": "b.safetensors", "c": "c.safetensors"}
+    checkpoint = open_checkpoint(sharded(tmp_path / "base", weight_map, files))
+    under_way, seen = threading.Event(), []
+
+    def progress(count: int) -> None:
+        seen.append(count)
+        if len(seen) > 10:
+            under_way.set()
+        time.sleep(0.005)
+
+    def failing(_: Tensors) -> Tensors:
+        under_way.wait(10)
+        raise UnsupportedModel("the true error", cause="of the test", remedy="none")
+
+    values = kept(checkpoint)
+    tensors = {**values, **rewrite({"bad": values["bad"]}, {"bad": ("F32", (2, 3))}, failing)}
+    with pytest.raises(UnsupportedModel, match="the true error"):
+        write(checkpoint, tmp_path / "out", tensors, workers=2, progress=progress)
+    assert 10 < len(seen) < 1000
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
+
+
+def test_outputs_are_let_go_once_written(tmp_path: Path) -> None:
+    checkpoint = mixed(tmp_path / "base")
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def function(tensors: Tensors) -> Tensors:
+        alive.append(sum(reference() is not None for reference in made))
+        outputs = {f"{name}{i}": tensors["float"] + i for i in range(3) for name in tensors if name != "float"}
+        made.extend(weakref.ref(tensor) for tensor in outputs.values())
+        return outputs
+
+    tensors: dict[str, Value] = {}
+    for name in ("half", "double", "bytes"):
+        inputs = {"float": kept(checkpoint)["float"], name: kept(checkpoint)[name]}
+        tensors |= rewrite(inputs, {f"{name}{i}": ("F32", (3, 3, 3)) for i in range(3)}, function)
+        del tensors[f"{name}1"]  # an output that nobody wants is no reason to keep it
+    write(checkpoint, tmp_path / "out", tensors, workers=1)
+    assert alive[0] == 0
+    assert max(alive) <= 1  # the block being written
+    assert all(reference() is None for reference in made)
 
 
 def test_links_share_the_bytes(tmp_path: Path) -> None:

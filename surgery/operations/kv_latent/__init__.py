@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from surgery.architectures import Model
 from surgery.operations.base import Measuring, Operation, Statistics
+from surgery.operations.kv_latent.allocation import offered_widths
 from surgery.operations.kv_latent.channels import paper_pairs
 from surgery.operations.kv_latent.editing import edit, widths
 from surgery.operations.kv_latent.settings import KVLatentSettings
@@ -30,16 +31,26 @@ def refuses(model: Model, settings: KVLatentSettings) -> str | None:
     for name, values in (("qk_dim", qk), ("vo_dim", vo)):
         if len(values) != model.num_hidden_layers:
             return f"{name} lists {len(values)} widths, the model has {model.num_hidden_layers} layers"
-    if settings.kv_ratio is not None and qk[0] + vo[0] > 2 * model.head_dim * settings.kv_ratio + 1e-9:
+    allowed = 2 * model.head_dim * (settings.kv_ratio or 2.0) + 1e-9
+    if _narrowest(model, settings, qk, vo) > allowed and settings.kv_ratio is not None:
         return f"kv_ratio {settings.kv_ratio} is below the narrowest heads that these settings allow"
     reasons = (_unfit_widths(model, settings, k, v) for k, v in zip(qk, vo, strict=True))
     return next((reason for reason in reasons if reason), None)
 
 
+def _narrowest(model: Model, settings: KVLatentSettings, qk: list[int], vo: list[int]) -> int:
+    """The least numbers that one cached head takes per token under a kv_ratio."""
+    if not settings.budgeted:
+        return qk[0] + vo[0]
+    return min(offered_widths(model.head_dim, even=True)) + min(offered_widths(model.head_dim, even=False))
+
+
 def _unfit_model(model: Model) -> str | None:
-    if "quantization_config" in model.config:
+    if "latent_attention" in (model.config.get("surgery") or {}):
+        return "its heads are latent already; ask for the final widths in one step"
+    if model.config.get("quantization_config"):
         return "the base is quantized, and packed groups cannot be cut; dequantize it first"
-    if "kv_lora_rank" in model.config:
+    if model.config.get("kv_lora_rank"):
         return "its attention is already latent (MLA)"
     if model.config.get("position_embedding_type") in {"alibi", "absolute"} or model.config.get("alibi"):
         return "it has no rotary positions, so pairs mean nothing (its keys could be factorised instead)"
@@ -68,10 +79,14 @@ def _unfit_widths(model: Model, settings: KVLatentSettings, qk_dim: int, vo_dim:
         return f"at qk_dim {qk_dim} of {head} the paper's frequencies are not among the model's own"
     if settings.rope == "paper" and settings.qk_select != "stride":
         return "rope: paper changes the frequencies of strided channels; use qk_select: stride"
+    if settings.rope == "paper" and model.architecture.attention.qk_norm != "none":
+        return "rope: paper turns strided channels as others turn, and behind a norm of queries and keys no class does that"
     if settings.rope == "paper" and settings.calibrated:
         return "rope: paper turns channels at other speeds than they were trained with; nothing can be calibrated to that"
     if settings.rope == "paper" and model.rope.kind != "default":
         return f"the paper's spectrum is defined for unscaled RoPE, this model has {model.rope.kind!r}"
+    if settings.method == "paper" and settings.calibrated:
+        return "method: paper divides by sqrt(d_qk) and measures nothing; leave the method out to calibrate"
     if settings.vo_basis == "stride" and head % vo_dim:
         return f"a stride needs vo_dim to divide head_dim {head}, and {vo_dim} does not"
     return None

@@ -35,6 +35,6 @@ def allocate(costs: Sequence[Mapping[int, float]], budget: int, weights: Sequenc
 
 
 def offered_widths(head_dim: int, *, even: bool) -> list[int]:
-    """Eight steps up to the full width; keys need whole rotary pairs."""
-    step = max(head_dim // 8, 2 if even else 1)
+    """About eight steps up to the full width; keys need whole rotary pairs."""
+    step = 2 * -(-head_dim // 16) if even else max(head_dim // 8, 1)
     return [*range(step, head_dim, step), head_dim]

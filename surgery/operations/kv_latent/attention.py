@@ -52,7 +52,7 @@ class Attention:
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, clip: float | None = None) -> Tensor:
-    """x [B, T, D], weight [h, r, D] -> [B, h, T, r]."""
+    """X [B, T, D], weight [h, r, D] -> [B, h, T, r]."""
     heads, width, _ = weight.shape
     out = (x @ weight.reshape(heads * width, -1).T).unflatten(-1, (heads, width)).transpose(1, 2)
     out = out if bias is None else out + bias[None, :, None, :]
@@ -60,7 +60,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, clip: float | None =
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, h, T, 2P] by angles whose cosine and sine are [B or 1, h, T, P]."""
+    """X [B, h, T, 2P] by angles whose cosine and sine are [B or 1, h, T, P]."""
     one, two = x.chunk(2, -1)
     return torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
 
@@ -87,7 +87,7 @@ def rotated(x: Tensor, a: Attention, queries: Tensor | None = None) -> tuple[Ten
 
 
 def _taken(x: Tensor, channels: Tensor) -> Tensor:
-    """x [B, h, T, d], channels [h, r] -> [B, h, T, r]."""
+    """X [B, h, T, d], channels [h, r] -> [B, h, T, r]."""
     return x.gather(-1, channels[None, :, None, :].expand(len(x), -1, x.shape[2], -1))
 
 

@@ -8,7 +8,9 @@ frequencies. Otherwise a *latent* one, whose attention is `surgery/runtime/surge
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from surgery.architectures import Model
@@ -74,8 +76,10 @@ def edit(draft: Draft, settings: KVLatentSettings, statistics: Statistics | None
     if _is_identity(model, shapes, settings):
         draft.notes.append("kv_latent keeps every channel: nothing changes")
         return
+    qkv_bias, output_bias = model.qkv_bias, model.output_bias
     biased = statistics is not None and bool(statistics.facts.get("output_bias"))
-    stock = _is_stock(model, shapes, settings) and (statistics is None or (not biased and not model.attention(0).fused))
+    plain = statistics is None or (biased == output_bias and not model.attention(0).fused)
+    stock = plain and _is_stock(model, shapes, settings)
     for layer, shape in enumerate(shapes):
         _rewrite_layer(draft, model, layer, shape, statistics, stock)
     if stock:
@@ -85,9 +89,9 @@ def edit(draft: Draft, settings: KVLatentSettings, statistics: Statistics | None
         "version": 1,
         "base_model_type": model.architecture.model_type,
         "latent_attention": {
-            "qkv_bias": model.qkv_bias,
-            "o_bias": model.output_bias or biased,
-            "inv_freq": _paper_table(model, settings, shapes),
+            "qkv_bias": qkv_bias,
+            "o_bias": output_bias or biased,
+            "inv_freq": _paper_table(model, settings, [shape.qk_dim for shape in shapes]),
             "select_after_norm": model.architecture.attention.qk_norm != "none",
             "clip_qkv": model.config.get(model.architecture.attention.clip or ""),
             "layers": [
@@ -108,8 +112,10 @@ def edit(draft: Draft, settings: KVLatentSettings, statistics: Statistics | None
 def _known_shapes(model: Model, settings: KVLatentSettings) -> list[LayerShape]:
     """Shapes that need no data: stride, matched and paper; for `energy` the stride stands in while planning."""
     head, groups = model.head_dim, model.num_key_value_heads
+    all_qk, all_vo = widths(model, settings)
+    own = _own_exponents(head, all_qk)
     shapes = []
-    for qk_dim, vo_dim in zip(*widths(model, settings), strict=True):
+    for qk_dim, vo_dim in zip(all_qk, all_vo, strict=True):
         values = stride_channels(head, vo_dim) if head % vo_dim == 0 else list(range(vo_dim))
         if settings.qk_select == "matched":
             pairs = paper_pairs(head, qk_dim) or []
@@ -117,7 +123,9 @@ def _known_shapes(model: Model, settings: KVLatentSettings) -> list[LayerShape]:
             pairs = stride_pairs(head, qk_dim)
         else:
             pairs = list(range(qk_dim // 2))
-        rope_pairs = (paper_pairs(head, qk_dim) or list(range(qk_dim // 2))) if settings.rope == "paper" else pairs
+        rope_pairs = pairs
+        if settings.rope == "paper":
+            rope_pairs = [own.index(e) for e in paper_exponents(qk_dim)] if own else paper_pairs(head, qk_dim) or []
         scaling = (qk_dim if settings.method == "paper" else head) ** -0.5
         shapes.append(LayerShape(qk_dim, vo_dim, [pairs] * groups, [rope_pairs] * groups, values, scaling))
     return shapes
@@ -148,11 +156,17 @@ def _is_stock(model: Model, shapes: list[LayerShape], settings: KVLatentSettings
     return all(s.qk_dim == first.qk_dim and s.vo_dim == first.vo_dim and s.rope_pairs == stride for s in shapes)
 
 
-def _paper_table(model: Model, settings: KVLatentSettings, shapes: list[LayerShape]) -> list[float] | None:
-    """Frequencies of the paper's spectrum where they are not among the base's own; None otherwise."""
-    if settings.rope == "keep" or paper_pairs(model.head_dim, shapes[0].qk_dim) is not None:
+def _own_exponents(head: int, qk_dims: Sequence[int]) -> list[Fraction] | None:
+    """All layers' exponents of the paper's spectrum in one table; None where each is among the base's own."""
+    if all(paper_pairs(head, width) is not None for width in qk_dims):
         return None
-    return [math.pow(model.rope.theta, -float(e)) for e in paper_exponents(shapes[0].qk_dim)]
+    return sorted({exponent for width in qk_dims for exponent in paper_exponents(width)})
+
+
+def _paper_table(model: Model, settings: KVLatentSettings, qk_dims: Sequence[int]) -> list[float] | None:
+    """The frequencies that the result brings; None where it uses the base's."""
+    own = _own_exponents(model.head_dim, qk_dims) if settings.rope == "paper" else None
+    return None if own is None else [math.pow(model.rope.theta, -float(exponent)) for exponent in own]
 
 
 def _rewrite_layer(

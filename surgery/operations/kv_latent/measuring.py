@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.architectures import Model
 from surgery.calibration.layers import BATCH, LayerCall, attention_traffic, record_calls, replaced_output
+from surgery.errors import CorruptCheckpoint
 from surgery.operations.base import Measuring, Statistics
 from surgery.operations.kv_latent.allocation import allocate, offered_widths
 from surgery.operations.kv_latent.attention import CHUNK, Attention, attention_output, fold_value_bias
@@ -24,6 +25,7 @@ from surgery.operations.kv_latent.editing import widths
 from surgery.operations.kv_latent.settings import KVLatentSettings
 from surgery.operations.kv_latent.solver import (
     averaged_moment,
+    drop_orders,
     pair_gram,
     reduce_qk,
     reduce_vo,
@@ -34,6 +36,7 @@ from surgery.operations.kv_latent.solver import (
 
 QUERIES = 64  # sampled query positions per window; every position counts for the output fit
 PROBES = 8  # windows on which widths are priced; they take no part in solving the candidates
+FITTED = 16  # windows on which the candidates are solved
 STEPS = 12  # of L-BFGS
 
 
@@ -63,18 +66,13 @@ def solve(measuring: Measuring, settings: KVLatentSettings) -> Statistics:
     walk = _Walk(measuring, settings, calls, entering, asked.to(entering.device))
     costs: list[dict[int, float]] = []
     qk, vo = widths(walk.model, settings)
-    if _budgeted(settings):
+    if settings.budgeted:
         costs = _price(walk)
         heads = walk.model.num_key_value_heads
         full = 2 * walk.model.head_dim * walk.model.num_hidden_layers * heads
         chosen = allocate(costs, int(full * (settings.kv_ratio or 0.75) + 1e-6), [heads] * len(costs))
         qk, vo = chosen[0::2], chosen[1::2]
     return _collect(walk, qk, vo, costs)
-
-
-def _budgeted(settings: KVLatentSettings) -> bool:
-    free = settings.qk_select == "energy" and settings.vo_basis == "svd" and settings.allocation == "measured"
-    return settings.qk_dim is None and settings.vo_dim is None and free
 
 
 def _collect(walk: _Walk, qk: list[int], vo: list[int], costs: list[dict[int, float]]) -> Statistics:
@@ -125,10 +123,15 @@ def _narrow(
 ) -> tuple[Attention, list[list[int]]]:
     """Steps 1 to 3 of `solver.py` under the settings."""
     settings, head = walk.settings, walk.model.head_dim
-    free = settings.logit_gain and original.norm_query is None
-    gram = pair_gram(original_x, walk.queries, original)
-    pairs = _fixed_pairs(walk.model, settings, qk_dim) or select_pairs(gram, len(original.w_k), qk_dim // 2, free=free)
-    narrowed = reduce_qk(original, pairs, gram, free=free) if qk_dim < head or original.norm_query is not None else original
+    pairs, narrowed = [list(range(head // 2))] * walk.model.num_key_value_heads, original
+    if qk_dim < head:
+        free = settings.logit_gain and original.norm_query is None
+        fixed = _fixed_pairs(walk.model, settings, qk_dim)
+        gram = pair_gram(original_x, walk.queries, original) if free or fixed is None else None
+        if gram is not None and fixed is None:
+            fixed = select_pairs(drop_orders(gram, len(original.w_k), free=free), qk_dim // 2)
+        pairs = fixed or pairs
+        narrowed = reduce_qk(original, pairs, gram if free else None)
     if settings.refit_q and original.norm_query is None:
         narrowed = refit_qk(x, original_x, walk.queries, original, narrowed, STEPS)
     if vo_dim < head:
@@ -152,7 +155,7 @@ def _fixed_pairs(model: Model, settings: KVLatentSettings, qk_dim: int) -> list[
 def _price(walk: _Walk) -> list[dict[int, float]]:
     """For each layer the cost of every key width, then of every value width: KL at the output, in nats per token."""
     probes = min(PROBES, max(1, len(walk.entering) // 4))
-    fitting = slice(0, max(1, len(walk.entering) - probes))
+    fitting = slice(0, max(1, min(FITTED, len(walk.entering) - probes)))
     expected = _log_probabilities(walk, 0, walk.entering[-probes:])
     stream, costs, head = walk.entering, [], walk.model.head_dim
     for layer, call in enumerate(walk.calls):
@@ -170,10 +173,9 @@ def _price(walk: _Walk) -> list[dict[int, float]]:
             found = _log_probabilities(walk, layer + 1, out)
             return float((expected.exp() * (expected - found)).sum(-1).mean())
 
-        keys = {head: 0.0}
+        keys, orders = {head: 0.0}, drop_orders(gram, len(original.w_k), free=free)
         for width in offered_widths(head, even=True)[:-1]:
-            pairs = select_pairs(gram, len(original.w_k), width // 2, free=free)
-            keys[width] = price(reduce_qk(original, pairs, gram, free=free))
+            keys[width] = price(reduce_qk(original, select_pairs(orders, width // 2), gram if free else None))
         values = {head: 0.0}
         for width in offered_widths(head, even=False)[:-1]:
             values[width] = price(reduce_vo(original, moment, width))
@@ -198,6 +200,11 @@ def _run(call: LayerCall, attention: nn.Module, stream: Tensor) -> tuple[Tensor,
     """Attention inputs and outputs, and the layer's output, for a residual stream [N, T, D]."""
     with attention_traffic(attention) as seen:
         out = torch.cat([call.run(part) for part in stream.split(BATCH)])
+    if not torch.isfinite(out).all():
+        raise CorruptCheckpoint(
+            "the base gives values that are NaN or infinite on the calibration text", cause="nothing can be fitted to them",
+            remedy="check that the base works, or calibrate on other text",
+        )  # fmt: skip
     return torch.cat([pair[0] for pair in seen]).float(), torch.cat([pair[1] for pair in seen]).float(), out
 
 
@@ -278,9 +285,13 @@ def _norms(walk: _Walk, layer: int) -> tuple[Callable[[Tensor], Tensor] | None, 
 def _window(walk: _Walk, layer: int) -> int | None:
     """The sliding window of a layer, where it is shorter than the calibration windows."""
     attention = _attention_module(walk.model, walk.calls[layer].layer)
-    key = walk.model.architecture.attention.window or ""
-    stated = walk.model.config.get(key) if walk.model.config.get("use_sliding_window", True) else None
-    found = getattr(attention, "sliding_window", stated)
+    config = walk.model.config
+    stated = config.get(walk.model.architecture.attention.window or "")
+    if config.get("layer_types"):
+        slides = config["layer_types"][layer] == "sliding_attention"
+    else:
+        slides = config.get("use_sliding_window", True) and layer >= (config.get("max_window_layers") or 0)
+    found = getattr(attention, "sliding_window", stated if slides else None)
     return found if isinstance(found, int) and found < walk.entering.shape[1] else None
 
 

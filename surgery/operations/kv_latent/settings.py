@@ -76,3 +76,9 @@ class KVLatentSettings(Settings):
         """Whether anything here needs activations."""
         fitted = self.logit_gain or self.refit_q or self.refit_o
         return fitted or self.qk_select == "energy" or self.vo_basis == "svd"
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the widths of each layer are chosen by measured cost."""
+        free = self.qk_select == "energy" and self.vo_basis == "svd" and self.allocation == "measured"
+        return self.qk_dim is None and self.vo_dim is None and free

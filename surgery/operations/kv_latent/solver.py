@@ -11,7 +11,7 @@ nothing of size T x T per head outlives a chunk. Letters as in `attention.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,39 +48,60 @@ def pair_gram(x: Tensor, queries: Tensor, a: Attention, chunk: int = CHUNK // 2)
     return gram / queries.numel()
 
 
-def gains(gram: Tensor, kept: Sequence[int], *, free: bool) -> tuple[Tensor, Tensor]:
-    """Complex gains [2 len(kept)] (real parts, then imaginary) of one head's kept pairs, and the loss that is left.
-
-    `free` fits them by least squares; otherwise they are one.
-    """
+def gains(gram: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Least-squares complex gains [2 len(kept)] (real parts, then imaginary) of one head's kept pairs, and their loss."""
     pairs = gram.shape[0] // 2
     total, target = gram[:pairs, :pairs].sum(), gram[:, :pairs].sum(1)
-    if not free:
-        lost = [pair for pair in range(pairs) if pair not in set(kept)]
-        ones = torch.cat([torch.ones(len(kept)), torch.zeros(len(kept))]).to(gram)
-        return ones, gram[lost][:, lost].sum()
     rows = torch.tensor([*kept, *(pairs + pair for pair in kept)], device=gram.device)
-    normal = gram[rows][:, rows]
-    found = torch.linalg.solve(_damped(normal, GAIN_RIDGE), target[rows])
+    found = torch.linalg.solve(_damped(gram, GAIN_RIDGE)[rows][:, rows], target[rows])
     return found, total - target[rows] @ found
 
 
-def select_pairs(gram: Tensor, kv_heads: int, keep: int, *, free: bool = True) -> list[list[int]]:
-    """For each KV head the `keep` pairs that stay: the least useful goes first, judged together with all others."""
-    group, pairs = gram.shape[0] // kv_heads, gram.shape[1] // 2
-    chosen = []
-    for first in range(0, gram.shape[0], group):
-        kept = list(range(pairs))
-        while len(kept) > keep:
-            rests = [[other for other in kept if other != pair] for pair in kept]
-            losses = [sum(float(gains(gram[first + h], rest, free=free)[1]) for h in range(group)) for rest in rests]
-            kept = rests[losses.index(min(losses))]
-        chosen.append(kept)
-    return chosen
+def select_pairs(orders: list[list[int]], keep: int) -> list[list[int]]:
+    """For each KV head the `keep` pairs that go last."""
+    return [sorted(order[len(order) - keep :]) for order in orders]
 
 
-def reduce_qk(a: Attention, pairs: list[list[int]], gram: Tensor, *, free: bool) -> Attention:
-    """Keep `pairs` of every KV head; with `free` gains, folded into the rows of the queries."""
+def drop_orders(gram: Tensor, kv_heads: int, *, free: bool) -> list[list[int]]:
+    """For each KV head its pairs in the order in which they go: the least loss first, judged together with all others.
+
+    The loss is summed over the heads of the group; with `free` gains it is what is left after refitting them.
+    """
+    order = _order_refitted if free else _order_as_is
+    return [order(heads) for heads in gram.chunk(kv_heads)]
+
+
+def _order_as_is(gram: Tensor) -> list[int]:
+    pairs = gram.shape[-1] // 2
+    summed = gram[:, :pairs, :pairs].sum(0)
+    loss, kept, order = summed.diagonal().clone(), list(range(pairs)), []
+    while kept:
+        gone = kept.pop(int(loss[kept].argmin()))
+        order.append(gone)
+        loss += 2 * summed[gone]  # of dropping each next
+    return order
+
+
+def _order_refitted(gram: Tensor) -> list[int]:
+    """Backward elimination in the inverse normal matrix B: dropping rows S costs f_S B_SS^-1 f_S, with f the gains."""
+    pairs = gram.shape[-1] // 2
+    inverse = torch.linalg.inv(torch.stack([_damped(head, GAIN_RIDGE) for head in gram]))
+    found = inverse @ gram[:, :, :pairs].sum(2, keepdim=True)
+    kept, order = list(range(pairs)), []
+    while kept:
+        rows = torch.tensor([[pair, pairs + pair] for pair in kept], device=gram.device)
+        fitted = found[:, rows]
+        blocks = inverse[:, rows[:, :, None], rows[:, None, :]]
+        at = int((fitted * torch.linalg.solve(blocks, fitted)).sum((0, 2, 3)).argmin())
+        order.append(kept.pop(at))
+        column = inverse[:, :, rows[at]]
+        found = found - column @ torch.linalg.solve(blocks[:, at], fitted[:, at])
+        inverse = inverse - column @ torch.linalg.solve(blocks[:, at], column.mT)
+    return order
+
+
+def reduce_qk(a: Attention, pairs: list[list[int]], gram: Tensor | None) -> Attention:
+    """Keep `pairs` of every KV head; with a Gram matrix, the gains fitted to it go into the rows of the queries."""
     width, device = a.qk_dim, a.w_q.device
     kept = torch.tensor(pairs, device=device)
     channels = torch.cat([kept, kept + width // 2], -1)
@@ -89,8 +110,10 @@ def reduce_qk(a: Attention, pairs: list[list[int]], gram: Tensor, *, free: bool)
     if a.norm_query is not None:
         # A norm over all channels comes first, so rows stay and channels are taken after it.
         return replace(a, channels=channels, cos=cos, sin=sin)
-    found = torch.stack([gains(gram[h], pairs[h // a.group], free=free)[0] for h in range(len(a.w_q))])
-    real, imaginary = found.to(a.w_q.dtype).chunk(2, -1)
+    real, imaginary = a.w_q.new_ones(len(a.w_q), kept.shape[-1]), a.w_q.new_zeros(len(a.w_q), kept.shape[-1])
+    if gram is not None:
+        found = torch.stack([gains(gram[h], pairs[h // a.group])[0] for h in range(len(a.w_q))])
+        real, imaginary = found.to(a.w_q.dtype).chunk(2, -1)
 
     def query_rows(full: Tensor) -> Tensor:
         flat = full.reshape(*full.shape[:2], -1)
@@ -113,43 +136,51 @@ def refit_qk(x: Tensor, original_x: Tensor, queries: Tensor, original: Attention
 
     Minimizes the mean over queries of sum_n p_n e_n^2 - (sum_n p_n e_n)^2, where e is the logit error (`a` on `x` against
     `original` on `original_x`) and p the original attention. A row at a kept frequency may become any linear function of
-    the input, since rotation commutes with what is done before it. Inputs are whitened so that few steps suffice.
+    the input, since rotation commutes with what is done before it. Inputs are whitened so that few steps suffice. A KV
+    head that this does not improve keeps what it had.
     """
     flat = x.flatten(0, 1)
     factor = torch.linalg.cholesky(_damped((flat.T @ flat).double() / len(flat), WHITENING_RIDGE))
     inverse, factor = torch.linalg.inv(factor).to(x.dtype), factor.to(x.dtype)
-    white = x @ inverse.T
     fitted = [
-        _fit_group(white, original_x, queries, _group(original, g), _group(a, g), factor, inverse, steps)
+        _fit_group(x, original_x, queries, _group(original, g), _group(a, g), factor, inverse, steps)
         for g in range(len(a.w_k))
     ]
     return replace(a, **{name: torch.cat([one[name] for one in fitted]) for name in fitted[0]})
 
 
 def _fit_group(
-    white: Tensor, original_x: Tensor, queries: Tensor, original: Attention, a: Attention,
+    x: Tensor, original_x: Tensor, queries: Tensor, original: Attention, a: Attention,
     factor: Tensor, inverse: Tensor, steps: int,
 ) -> dict[str, Tensor]:  # fmt: skip
+    asked = queries.split(CHUNK)
     with torch.no_grad():
-        asked = list(queries.split(CHUNK))
         targets = [logits(part, original, q) for part, q in zip(original_x.split(CHUNK), asked, strict=True)]
-    free = {"w_q": a.w_q @ factor, "w_k": a.w_k @ factor}
-    free |= {name: bias.clone() for name in ("b_q", "b_k") if (bias := getattr(a, name)) is not None}
-    free = {name: tensor.detach().requires_grad_() for name, tensor in free.items()}
+    given = {name: found for name in ("w_q", "w_k", "b_q", "b_k") if (found := getattr(a, name)) is not None}
+    whitened = {"w_q": a.w_q @ factor, "w_k": a.w_k @ factor}
+    free = {name: tensor.detach().clone().requires_grad_() for name, tensor in (given | whitened).items()}
+
+    def pieces(x: Tensor, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+        for part, q, target in zip(x.split(CHUNK), asked, targets, strict=True):
+            weight = target.softmax(-1)
+            error = (logits(part, replace(a, **tensors), q) - target).masked_fill(weight == 0, 0.0)
+            yield ((weight * error**2).sum(-1) - (weight * error).sum(-1) ** 2).sum() / queries.numel()
+
+    white = x @ inverse.T
 
     def loss() -> float:
         total = 0.0
-        for part, q, target in zip(white.split(CHUNK), asked, targets, strict=True):
-            weight = target.softmax(-1)
-            error = (logits(part, replace(a, **free), q) - target).masked_fill(weight == 0, 0.0)
-            piece = ((weight * error**2).sum(-1) - (weight * error).sum(-1) ** 2).sum() / queries.numel()
+        for piece in pieces(white, free):
             piece.backward()  # type: ignore[no-untyped-call]
             total += piece.item()
         return total
 
     _lbfgs(list(free.values()), loss, steps)
     found = {name: tensor.detach() for name, tensor in free.items()}
-    return found | {"w_q": found["w_q"] @ inverse, "w_k": found["w_k"] @ inverse}
+    found |= {"w_q": found["w_q"] @ inverse, "w_k": found["w_k"] @ inverse}
+    with torch.no_grad():
+        before, after = (float(sum(pieces(x, tensors))) for tensors in (given, found))
+    return found if after < before else given
 
 
 def _lbfgs(parameters: list[Tensor], loss: Callable[[], float], steps: int) -> None:
