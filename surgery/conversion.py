@@ -32,7 +32,7 @@ from surgery.checkpoint.resolve import open_base
 from surgery.checkpoint.writer import Job, environment_errors, hash_file, write_file, write_shards
 from surgery.emission.checkpoint import write_small_files
 from surgery.emission.lock import LOCK, lock_bytes, make_lock
-from surgery.errors import DiskFull, OutputExists, VerificationFailure
+from surgery.errors import DiskFull, OutputExists, RefusedInput, VerificationFailure
 from surgery.planning import Draft, Plan, describe, make_plan, open_draft
 from surgery.progress import Progress, Report, silent
 from surgery.version import __version__
@@ -114,7 +114,11 @@ def convert(
         resumed = len(journal.finished)
         folder = statistics or Path.home() / ".cache" / "surgery" / "statistics"
         run = _Run(manifest, partial, journal, workers, link, device, folder, report)
-        plan, lock, verification = _run_stages(run, checkpoint, plan)
+        try:
+            plan, lock, verification = _run_stages(run, checkpoint, plan)
+        except RefusedInput:
+            shutil.rmtree(partial)  # what was found in the weights will be found again: nothing to resume
+            raise
         _put_in_place(partial, out, overwrite=overwrite)
     shutil.rmtree(partial)
     if plan.code and "." in out.name:

@@ -17,9 +17,10 @@ from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES
 from surgery.checkpoint.expressions import Computed, Rewrite, Stored, Tensors, TensorSpec, Value, sources
 from surgery.checkpoint.layout import index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint
-from surgery.emission.code import RuntimePart
+from surgery.emission.code import Family, RuntimePart, emit_code
 from surgery.errors import InternalError, UnsupportedModel
 from surgery.metrics.cache import cache_bytes_per_token
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 INTERPRETER_BYTES = 70_000_000
 TORCH_BYTES = 330_000_000
 SMALL_FILES_BYTES = 64 << 20
+# Models whose fp32 weights take more than this are measured in the type they are stored in.
+FLOAT32_LIMIT = 2_000_000_000
 
 
 class _Shapes(Mapping[str, tuple[int, ...]]):
@@ -269,11 +272,14 @@ def describe(
         bytes_read=_bytes_read(draft),
         bytes_written=written,
         disk_needed=written * max(edits, 1) + SMALL_FILES_BYTES,
-        peak_memory=_peak_memory(draft, workers),
+        peak_memory=max(
+            _peak_memory(draft, workers),
+            _measuring_memory(checkpoint, draft, manifest) if any(stage.kind == "measure" for stage in stages) else 0,
+        ),
         cache_dtype=cache_dtype,
         cache_bytes_before=cache_bytes_per_token(original, dtype),
         cache_bytes_after=cache_bytes_per_token(draft.config, cache_dtype),
-        code=tuple(part.file for part in draft.parts),
+        code=tuple(emit_code(Family.of(draft.model.architecture), draft.parts, __version__) if draft.parts else ()),
         shards=(*(shard.name for shard in shards), *((index[0],) if index else ())),
         ledger=ledger(checkpoint, draft),
         side_files={file.name: file.dropped for file in checkpoint.side_files},
@@ -320,6 +326,14 @@ def _bytes_read(draft: Draft) -> int:
 def _peak_memory(draft: Draft, workers: int) -> int:
     peaks = [value.rewrite.peak_bytes for value in draft.tensors.values() if isinstance(value, Computed)]
     return INTERPRETER_BYTES + (TORCH_BYTES + workers * max(peaks) if peaks else 0) + workers * (8 << 20)
+
+
+def _measuring_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) -> int:
+    """Bound of calibration: the model in fp32 where that is small, and a handful of residual streams."""
+    whole = checkpoint.parameter_count * 4
+    weights = whole if whole <= FLOAT32_LIMIT else checkpoint.tensor_bytes
+    tokens = manifest.calibration.samples * manifest.calibration.length
+    return INTERPRETER_BYTES + 2 * TORCH_BYTES + weights + 8 * tokens * draft.model.hidden_size * 4
 
 
 def _elements(shape: tuple[int, ...]) -> int:

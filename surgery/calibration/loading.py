@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from surgery.checkpoint.reader import Checkpoint
-
-# Measuring in fp32 costs twice the memory of the weights; above this size the stored type is used instead.
-FLOAT32_LIMIT = 2_000_000_000
+from surgery.planning import FLOAT32_LIMIT
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from surgery.architectures import Architecture
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.writer import write_file
@@ -27,7 +26,7 @@ def write_small_files(checkpoint: Checkpoint, draft: Draft, folder: Path) -> lis
 def result_config(draft: Draft) -> dict[str, Any]:
     """The config.json of the result, in the spelling that every supported transformers version reads."""
     if draft.parts and draft.architecture is not None:
-        return custom_config(draft.root, family_of(draft.architecture), draft.config["surgery"])
+        return custom_config(draft.root, Family.of(draft.architecture), draft.config["surgery"])
     return down_level(draft.root)
 
 
@@ -35,20 +34,7 @@ def result_code(draft: Draft) -> dict[str, bytes]:
     """The Python files of the result by name; empty where a stock class holds it."""
     if not draft.parts or draft.architecture is None:
         return {}
-    return emit_code(family_of(draft.architecture), draft.parts, __version__)
-
-
-def family_of(architecture: Architecture) -> Family:
-    """The classes that emitted code subclasses."""
-    classes = architecture.classes
-    return Family(
-        model_type=architecture.model_type,
-        modeling_module=classes.modeling,
-        configuration_module=classes.configuration,
-        config_class=classes.config,
-        model_class=classes.model,
-        causal_lm_class=classes.causal_lm,
-    )
+    return emit_code(Family.of(draft.architecture), draft.parts, __version__)
 
 
 def json_bytes(data: Any) -> bytes:

@@ -14,6 +14,8 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
+from surgery.architectures.family import Architecture
+
 EMISSION = Path(__file__).parent
 RUNTIME = EMISSION.parent / "runtime"
 COMPATIBILITY = "surgery_compatibility.py"
@@ -33,6 +35,12 @@ class Family:
     model_class: str
     causal_lm_class: str
     auto_class: str = "AutoModelForCausalLM"
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Family:
+        """The family that an architecture's data file describes."""
+        at = architecture.classes
+        return cls(architecture.model_type, at.modeling, at.configuration, at.config, at.model, at.causal_lm)
 
     @classmethod
     def named(cls, model_type: str, prefix: str) -> Family:

@@ -30,11 +30,11 @@ TOKENS = 90  # beyond the 64 tokens of the scaled ropes' original context
 CUSTOM = (*NORMED, "qwen2_moe")  # stock classes that do not hold narrower heads
 SCALED = ("llama3", "yarn", "linear", "dynamic")
 CASES = [
-    (family, rope)
+    pytest.param(family, rope, id=f"{family}-{rope}", marks=[pytest.mark.slow] if rope in SCALED else [])
     for family in FAMILIES
     for rope in (("default", "longrope") if family == "phi3" else ("default", *SCALED))
 ]
-every_case = pytest.mark.parametrize(("family", "rope"), CASES, ids=["-".join(case) for case in CASES])
+every_case = pytest.mark.parametrize(("family", "rope"), CASES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 EVERYTHING = {"qk_dim": [6, 10], "vo_dim": [12, 6], "refit_q": True}
 STRIDE = {"method": "stride"}
@@ -239,7 +239,9 @@ WINDOWS = {
 def test_grouping_and_windows(kind, groups, tmp_path):
     family, more = WINDOWS[kind]
     window = "sliding_window" in more
-    base = write_tiny(tmp_path / f"base_{family}_{groups}", family, dtype=torch.float64, num_key_value_heads=groups, **more)
+    base = write_tiny(
+        tmp_path / f"base_{family}_{groups}", family, dtype=torch.float64, num_key_value_heads=groups, **more
+    )
     out = convert(base, tmp_path / f"s_{family}_{groups}", {**STRIDE, "qk_dim": 4, "vo_dim": 8})
     close(run(exact(out)), run(silence(exact(base), strided(base, 4, 8, HEAD**-0.5), config_of(base))), 1e-10)
     out = convert(base, tmp_path / f"c_{family}_{groups}", EVERYTHING)
@@ -254,6 +256,13 @@ def unwindowed(folder, copy):
         (copy / file.name).write_bytes(file.read_bytes())
     (copy / "config.json").write_text(json.dumps(config_of(folder) | {"sliding_window": None}))
     return load(copy)
+
+
+def test_clamps_stay(tmp_path):
+    base = write_tiny(tmp_path / "base", "olmoe", dtype=torch.float64, clip_qkv=0.7)
+    out = convert(base, tmp_path / "clamped", {**STRIDE, "qk_dim": 8, "vo_dim": 8})
+    wanted = run(silence(exact(base), strided(base, 8, 8, HEAD**-0.5), config_of(base)))
+    close(run(exact(out)), wanted, 1e-10)
 
 
 def test_scaled_tables_are_the_base_own(tmp_path):
@@ -325,7 +334,9 @@ def paper_forward(base, ids, qk_dim, vo_dim):
     return norm(hidden, t["model.norm.weight"]) @ t["lm_head.weight"].T
 
 
-@pytest.mark.parametrize(("qk_dim", "vo_dim"), [(8, 8), (4, 16), (16, 16), (16, 8), ([16, 8], [8, 8]), ([8, 16], [8, 8])])
+@pytest.mark.parametrize(
+    ("qk_dim", "vo_dim"), [(8, 8), (4, 16), (16, 16), (16, 8), ([16, 8], [8, 8]), ([8, 16], [8, 8])]
+)
 def test_paper_is_the_published_recipe(qk_dim, vo_dim, tmp_path):
     base = write_tiny(tmp_path / "base", "llama", dtype=torch.float64, rope_theta=500000.0)
     name = f"paper_{qk_dim}_{vo_dim}".translate(dict.fromkeys(map(ord, "[], "), "_"))
@@ -349,7 +360,9 @@ def paper_attention(base, layer, x, qk_dim, vo_dim):
     quarter, p = qk_dim // 4, f"model.layers.{layer}.self_attn."
     exponents = [0.25 + 2 * j / qk_dim for j in range(quarter)] + [0.75 + j / qk_dim for j in range(quarter)]
     turns = torch.tensor([config["rope_theta"] ** -e for e in exponents], dtype=torch.float64)
-    phase = torch.polar(torch.ones(1, dtype=torch.float64), torch.arange(x.shape[1], dtype=torch.float64)[:, None] * turns)
+    phase = torch.polar(
+        torch.ones(1, dtype=torch.float64), torch.arange(x.shape[1], dtype=torch.float64)[:, None] * turns
+    )
 
     def heads(name, width):
         return (x @ t[f"{p}{name}_proj.weight"][:: HEAD // width].T).unflatten(-1, (-1, width)).transpose(1, 2)
@@ -452,14 +465,20 @@ def facts_of(path):
         return json.loads(file.metadata()["facts"])
 
 
-MEASURED = [(*case, {}) for case in CASES] + [(family, "default", more) for family, more in WINDOWS.values() if more]
-
-
-@pytest.mark.parametrize(("family", "rope", "more"), MEASURED, ids=[f"{f}-{r}-{'-'.join(m)}" for f, r, m in MEASURED])
-def test_measuring_sees_the_model_own_attention(family, rope, more, tmp_path):
-    """At full width nothing is lost, so what is measured must be the module's own output."""
+@every_case
+def test_measuring_sees_the_model_own_attention(family, rope, tmp_path):
     needs(family)
-    base = write_tiny(tmp_path / f"base_{family}", family, rope, seed=6, **more)
+    check_measuring(write_tiny(tmp_path / f"base_{family}", family, rope, seed=6), tmp_path)
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_measuring_sees_the_model_own_windows(kind, tmp_path):
+    family, more = WINDOWS[kind]
+    check_measuring(write_tiny(tmp_path / f"base_{family}", family, seed=6, **more), tmp_path)
+
+
+def check_measuring(base, tmp_path):
+    """At full width nothing is lost, so what is measured must be the module's own output."""
     out = convert(base, tmp_path / "out", {"qk_dim": HEAD, "vo_dim": HEAD, **NO_FIT}, length=80)
     assert all(layer["relative_error"] < 1e-8 for layer in facts_of(measured(tmp_path)[0])["layers"])
     assert not list(out.glob("*.py"))
@@ -662,10 +681,16 @@ def test_any_settings_are_refused_or_hold(arena, chosen):
     event("exact")
     stock = "surgery" not in config_of(out)
     layers = [
-        (pairs, [list(range(0, HEAD, HEAD // values))] * 2, HEAD**-0.5 if stock and said["method"] != "paper" else scaling)
+        (
+            pairs,
+            [list(range(0, HEAD, HEAD // values))] * 2,
+            HEAD**-0.5 if stock and said["method"] != "paper" else scaling,
+        )
         for pairs, values, scaling in layers_of(out)
     ]
-    assert said["qk_select"] == "energy" or all(pairs == chosen_pairs(said["qk_select"], pairs) for pairs, _, _ in layers)
+    assert said["qk_select"] == "energy" or all(
+        pairs == chosen_pairs(said["qk_select"], pairs) for pairs, _, _ in layers
+    )
     close(found, run(silence(load(base), layers, config_of(base))), 2e-5)
 
 
@@ -683,6 +708,32 @@ def chosen_pairs(select, pairs):
 
 def measured(folder):
     return sorted((folder / "statistics").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("refit_o", [True, False])
+def test_prices_are_divergences_at_the_output(family, refit_o, tmp_path, monkeypatch):
+    """A price is what converting that one layer, solved without the last windows, costs on the last windows."""
+    from surgery.calibration import stage
+    from surgery.calibration.text import Windows
+
+    base, ids = write_tiny(tmp_path / f"base_{family}", family, seed=8), tokens(20, rows=8)
+    shown = [ids]
+    monkeypatch.setattr(stage, "_windows", lambda *_: Windows(shown[0], {}))
+    convert(base, tmp_path / f"{family}_budget", {"kv_ratio": 0.6, "refit_o": refit_o})
+    costs = facts_of(measured(tmp_path)[0])["costs"]
+    shown[0] = ids[:6]
+    expected = run(load(base), ids[6:]).log_softmax(-1)
+    layers = (1,) if refit_o else (0, 1)  # a fit in a first layer would be followed by another in the second
+    for layer in layers:
+        for item, (key, width) in enumerate((("qk_dim", 4), ("vo_dim", 6))):
+            widths = [HEAD, HEAD]
+            widths[layer] = width
+            chosen = {"qk_dim": HEAD, "vo_dim": HEAD, "refit_o": refit_o, key: widths}
+            found = run(load(convert(base, tmp_path / f"{family}_{layer}_{key}", chosen)), ids[6:]).log_softmax(-1)
+            divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+            assert costs[2 * layer + item][str(width)] == pytest.approx(divergence, rel=1e-3)
+            assert costs[2 * layer + item][str(HEAD)] == 0
 
 
 def test_own_text_is_the_same_every_time(tmp_path):

@@ -16,9 +16,17 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.errors import DiskFull, EnvironmentFailure, OutputExists, RefusedInput, VerificationFailure
+from surgery.errors import (
+    DiskFull,
+    EnvironmentFailure,
+    OutputExists,
+    RefusedInput,
+    UnsafeCheckpoint,
+    VerificationFailure,
+)
 from surgery.manifest import Manifest
 from surgery.progress import Progress
+from tests.hostile_cases import CASES, Case
 from tests.tiny import write_tiny
 
 STRIDE = {"surgery": 1, "operations": [{"kv_latent": {"method": "stride", "kv_ratio": 0.5}}], "verify": False}
@@ -290,3 +298,25 @@ def test_an_output_dtype_is_applied_and_named(base: Path, tmp_path: Path) -> Non
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_hostile_base_is_refused_with_nothing_written(case: Case, tmp_path: Path) -> None:
+    base, place = tmp_path / "base", tmp_path / "place"
+    base.mkdir()
+    place.mkdir()
+    case.build(base)
+    with pytest.raises(case.error):
+        surgery.convert(str(base), place / "out", manifest(PASS))
+    assert list(place.iterdir()) == []
+
+
+def test_the_command_line_ends_with_the_error_s_exit_code(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.error is UnsafeCheckpoint)
+    (tmp_path / "base").mkdir()
+    case.build(tmp_path / "base")
+    command = [sys.executable, "-m", "surgery", "convert", str(tmp_path / "base"), str(tmp_path / "out"), "-o", "kv_latent"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 3
+    assert [line.split()[0] for line in ended.stderr.strip().splitlines()] == ["error:", "why:", "next:"]
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["base"]

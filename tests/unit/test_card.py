@@ -207,6 +207,7 @@ def test_a_card_that_is_none_is_no_error(base, content):
 
 def test_a_link_that_leaves_the_base_is_not_read(base, tmp_path):
     (tmp_path / "elsewhere.md").write_text("---\nlicense: mit\n---\n")
+    (base / "README.md").unlink(missing_ok=True)
     (base / "README.md").symlink_to(tmp_path / "elsewhere.md")
     assert card.base_licence(replace_readme_check(base)) is None
 
@@ -220,6 +221,7 @@ def replace_readme_check(base: Path) -> Any:
 
 
 def test_a_licence_text_is_recognised(base):
+    (base / "README.md").unlink()
     shutil.copy(Path(__file__).parents[2] / "LICENSE", base / "LICENSE")
     assert metadata(make_card(base, LATENT))["license"] == "apache-2.0"
     (base / "LICENSE").write_text("All rights reserved.")

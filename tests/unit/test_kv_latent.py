@@ -317,7 +317,9 @@ def test_reduced_heads_are_partial_sums(biases):
 
 
 def weighted_loss(x, asked, original, a):
-    return float(spread(attend(x, original), (terms(x, a) - 0).real.sum(-1) - terms(x, original).real.sum(-1), asked).sum())
+    return float(
+        spread(attend(x, original), (terms(x, a) - 0).real.sum(-1) - terms(x, original).real.sum(-1), asked).sum()
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -389,9 +391,7 @@ def test_moment_is_that_of_averaged_inputs():
     x, asked, a = make(2)
     weights, moment = attend(x, a), solver.averaged_moment(x, asked, a)
     for g in range(2):
-        seen = [
-            weights[b, h, m] @ x[b] for b in range(len(x)) for h in (2 * g, 2 * g + 1) for m in asked[b].tolist()
-        ]
+        seen = [weights[b, h, m] @ x[b] for b in range(len(x)) for h in (2 * g, 2 * g + 1) for m in asked[b].tolist()]
         stacked = torch.stack(seen)
         close(moment[g], stacked.T @ stacked / len(seen))
 
@@ -525,7 +525,8 @@ def test_both_kinds_of_size_are_refused():
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"kv_ratio": 0.0}, {"kv_ratio": 1.1}, {"qk_dim": 0}, {"qk_dim": -2}, {"vo_dim": "8"}, {"qk": 8}, {"vo_dim": 8.0}]
+    "chosen",
+    [{"kv_ratio": 0.0}, {"kv_ratio": 1.1}, {"qk_dim": 0}, {"qk_dim": -2}, {"vo_dim": "8"}, {"qk": 8}, {"vo_dim": 8.0}],
 )
 def test_settings_out_of_range_are_refused(chosen):
     with pytest.raises(ManifestError):
@@ -557,7 +558,9 @@ def test_clamped_projections_are_not_calibrated(tmp_path):
 def rewrite(base, change):
     tensors = load_file(base / "model.safetensors")
     change(tensors)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"}
+    )
     return base
 
 
@@ -633,3 +636,28 @@ def test_plans_count_the_cache(tmp_path):
         assert plan.cache_bytes_before == 2 * 2 * 32 * 2
         assert plan.cache_bytes_after == 2 * widths * 2
     assert surgery.plan(str(base), manifest(kv_ratio=0.4)).cache_bytes_after <= 0.4 * 256
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3", "yarn", "dynamic"])
+def test_only_tables_that_a_stride_leaves_exact_stay_stock(rope, tmp_path):
+    base = write_tiny(tmp_path / "base", "llama", rope)
+    plan = surgery.plan(str(base), manifest(method="stride", qk_dim=8, vo_dim=8))
+    assert bool(plan.code) == (rope in {"yarn", "dynamic"})
+
+
+def test_empty_quantization_config_is_none(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama", quantization_config=None)
+    assert surgery.plan(str(base), manifest(method="stride", qk_dim=8)).cache_bytes_after == 2 * 2 * (8 + 16) * 4
+
+
+@pytest.mark.xfail(raises=RuntimeError, reason="sampling from logits that are NaN raises what torch raises")
+def test_a_base_that_cannot_write_is_refused(tmp_path):
+    def spoil(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][:] = math.nan
+
+    base = rewrite(write_tiny(tmp_path / "base", "llama"), spoil)
+    own = manifest_from_dict(
+        {"surgery": 1, "operations": [{"kv_latent": {}}], "calibration": {"text": "self", "samples": 2, "length": 8}}
+    )
+    with pytest.raises(CorruptCheckpoint):
+        surgery.convert(str(base), tmp_path / "out", own, statistics=tmp_path / "statistics")

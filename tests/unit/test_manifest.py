@@ -146,7 +146,7 @@ def test_any_file_name_survives_the_canonical_form(name: str) -> None:
         (HEAD + "output: {shard_size: 0GB}\n", 3, "such as 5GB"),
         (HEAD + "output:\n", 3, "output must be a mapping"),
         (HEAD + "verify: no\n", 3, "(did you mean false?)"),
-        (HEAD + "verify: {max_perplexity_ratio: 1.1}\n", 3, "needs a text"),
+        (HEAD + "verify: {text: null, max_perplexity_ratio: 1.1}\n", 3, "needs a text"),
         (HEAD + "verify: {texts: a.txt}\n", 3, "unknown key 'texts' (did you mean 'text'?)"),
         (HEAD + "calibration: {samples: 0}\n", 3, "calibration.samples must be greater than or equal to 1"),
         (HEAD + "calibration: {samples: 1.5}\n", 3, "calibration.samples must be a whole number"),

@@ -31,18 +31,18 @@ def refuses(model: Model, settings: KVLatentSettings) -> str | None:
     for name, values in (("qk_dim", qk), ("vo_dim", vo)):
         if len(values) != model.num_hidden_layers:
             return f"{name} lists {len(values)} widths, the model has {model.num_hidden_layers} layers"
-    allowed = 2 * model.head_dim * (settings.kv_ratio or 2.0) + 1e-9
-    if _narrowest(model, settings, qk, vo) > allowed and settings.kv_ratio is not None:
+    if settings.kv_ratio is not None and _least_ratio(model, settings, qk, vo) > settings.kv_ratio + 1e-9:
         return f"kv_ratio {settings.kv_ratio} is below the narrowest heads that these settings allow"
     reasons = (_unfit_widths(model, settings, k, v) for k, v in zip(qk, vo, strict=True))
     return next((reason for reason in reasons if reason), None)
 
 
-def _narrowest(model: Model, settings: KVLatentSettings, qk: list[int], vo: list[int]) -> int:
-    """The least numbers that one cached head takes per token under a kv_ratio."""
-    if not settings.budgeted:
-        return qk[0] + vo[0]
-    return min(offered_widths(model.head_dim, even=True)) + min(offered_widths(model.head_dim, even=False))
+def _least_ratio(model: Model, settings: KVLatentSettings, qk: list[int], vo: list[int]) -> float:
+    """The smallest kv_ratio that these settings can reach; `qk` and `vo` are the uniform widths for the one asked."""
+    least = qk[0] + vo[0]
+    if settings.budgeted:
+        least = min(offered_widths(model.head_dim, even=True)) + min(offered_widths(model.head_dim, even=False))
+    return least / (2 * model.head_dim)
 
 
 def _unfit_model(model: Model) -> str | None:
@@ -80,9 +80,9 @@ def _unfit_widths(model: Model, settings: KVLatentSettings, qk_dim: int, vo_dim:
     if settings.rope == "paper" and settings.qk_select != "stride":
         return "rope: paper changes the frequencies of strided channels; use qk_select: stride"
     if settings.rope == "paper" and model.architecture.attention.qk_norm != "none":
-        return "rope: paper turns strided channels as others turn, and behind a norm of queries and keys no class does that"
+        return "rope: paper turns channels as others turn; behind a norm of queries and keys that is not handled"
     if settings.rope == "paper" and settings.calibrated:
-        return "rope: paper turns channels at other speeds than they were trained with; nothing can be calibrated to that"
+        return "rope: paper turns channels at other speeds than they were trained with; that cannot be calibrated"
     if settings.rope == "paper" and model.rope.kind != "default":
         return f"the paper's spectrum is defined for unscaled RoPE, this model has {model.rope.kind!r}"
     if settings.method == "paper" and settings.calibrated:

@@ -34,6 +34,22 @@ def allocate(costs: Sequence[Mapping[int, float]], budget: int, weights: Sequenc
     return min(best.values())[1]
 
 
+def knee(costs: Sequence[Mapping[int, float]], weights: Sequence[int], limit: float) -> float:
+    """The smallest share of the whole cache at which the summed cost of the best widths stays within `limit`."""
+    full = sum(weight * max(item) for item, weight in zip(costs, weights, strict=True))
+    floor = sum(weight * min(item) for item, weight in zip(costs, weights, strict=True))
+    for share in range(1, 20):
+        budget = full * share // 20
+        if budget >= floor and predicted_cost(costs, allocate(costs, budget, weights)) <= limit:
+            return share / 20
+    return 1.0
+
+
+def predicted_cost(costs: Sequence[Mapping[int, float]], widths: Sequence[int]) -> float:
+    """The summed cost of the chosen widths; an underestimate where damages compound."""
+    return sum(item[width] for item, width in zip(costs, widths, strict=True))
+
+
 def offered_widths(head_dim: int, *, even: bool) -> list[int]:
     """About eight steps up to the full width; keys need whole rotary pairs."""
     step = 2 * -(-head_dim // 16) if even else max(head_dim // 8, 1)

@@ -54,7 +54,7 @@ class Attention:
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, clip: float | None = None) -> Tensor:
     """X [B, T, D], weight [h, r, D] -> [B, h, T, r]."""
     heads, width, _ = weight.shape
-    out = (x @ weight.reshape(heads * width, -1).T).unflatten(-1, (heads, width)).transpose(1, 2)
+    out: Tensor = (x @ weight.reshape(heads * width, -1).T).unflatten(-1, (heads, width)).transpose(1, 2)
     out = out if bias is None else out + bias[None, :, None, :]
     return out if clip is None else out.clamp(-clip, clip)
 

@@ -26,7 +26,7 @@ def paper_exponents(qk_dim: int) -> list[Fraction]:
 
 
 def paper_pairs(head_dim: int, qk_dim: int) -> list[int] | None:
-    """The original pairs that already rotate at the paper's frequencies; None where some frequency is no original one."""
+    """The original pairs that already rotate at the paper's frequencies; None where one of these is no original one."""
     indices = [exponent * head_dim / 2 for exponent in paper_exponents(qk_dim)]
     return [int(index) for index in indices] if all(index.denominator == 1 for index in indices) else None
 

@@ -33,6 +33,10 @@ PART = RuntimePart(file="surgery_latent_attention.py", symbol="LatentAttention",
 STOCK_ROPE = frozenset({"default", "linear", "llama3"})
 
 
+# Nats per token from which on a model has visibly lost: about a tenth more perplexity.
+KNEE = 0.1
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """One layer's latent heads. `rope_pairs[g]` are KV head g's indices into the rotary table.
@@ -58,7 +62,7 @@ def widths(model: Model, settings: KVLatentSettings) -> tuple[list[int], list[in
 
 
 def uniform_widths(layers: int, head: int, ratio: float, settings: KVLatentSettings) -> tuple[list[int], list[int]]:
-    """The widest (d_qk, d_vo), equal in all layers, within `ratio`; keys shrink first, as values need their width more."""
+    """The widest (d_qk, d_vo), equal in all layers, within `ratio`; keys shrink first, values need their width more."""
     strided = settings.qk_select != "energy"
     keys = [w for w in range(2, head + 1, 2) if not strided or (head // 2) % (head // w) == 0 == head % w]
     values = [w for w in range(1, head + 1) if settings.vo_basis == "svd" or head % w == 0]
@@ -80,6 +84,12 @@ def edit(draft: Draft, settings: KVLatentSettings, statistics: Statistics | None
     biased = statistics is not None and bool(statistics.facts.get("output_bias"))
     plain = statistics is None or (biased == output_bias and not model.attention(0).fused)
     stock = plain and _is_stock(model, shapes, settings)
+    if statistics is not None and statistics.facts.get("predicted_kl", 0.0) > KNEE:
+        cost, floor = statistics.facts["predicted_kl"], statistics.facts["knee"]
+        draft.notes.append(
+            f"past the knee: these widths cost at least {cost:.2f} nats per token; above {KNEE} a model has visibly lost, "
+            f"and this one stays below it down to kv_ratio {floor:g}"
+        )
     for layer, shape in enumerate(shapes):
         _rewrite_layer(draft, model, layer, shape, statistics, stock)
     if stock:
@@ -213,7 +223,8 @@ def _select(draft: Draft, name: str, kept: list[int], axis: int, scale: float) -
     what = "rows" if axis == 0 else "columns"
     draft.rewrite(
         [name], {name: TensorSpec(spec.dtype, shape)}, function,
-        why=f"kv_latent keeps {len(kept)} of {spec.shape[axis]} {what}", work_bytes=0 if scale == 1.0 else 2 * spec.nbytes,
+        why=f"kv_latent keeps {len(kept)} of {spec.shape[axis]} {what}",
+        work_bytes=0 if scale == 1.0 else 2 * spec.nbytes,
     )  # fmt: skip
 
 
@@ -233,8 +244,9 @@ def _split_fused(
         if not model.has(fused):
             continue
         spec = draft.spec(fused)
-        outputs = {f"{name}.{kind}": TensorSpec(spec.dtype, (len(kept), *spec.shape[1:])) for name, kept in flat.items()}
-        whole = TensorSpec(spec.dtype, (sum(len(kept) for kept in flat.values()), *spec.shape[1:]))
+        counts = {f"{name}.{kind}": len(kept) for name, kept in flat.items()}
+        outputs = {name: TensorSpec(spec.dtype, (count, *spec.shape[1:])) for name, count in counts.items()}
+        whole = TensorSpec(spec.dtype, (sum(counts.values()), *spec.shape[1:]))
 
         def function(tensors: Tensors, fused: str = fused, kind: str = kind) -> Tensors:
             import torch

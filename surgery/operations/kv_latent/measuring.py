@@ -18,10 +18,10 @@ from surgery.architectures import Model
 from surgery.calibration.layers import BATCH, LayerCall, attention_traffic, record_calls, replaced_output
 from surgery.errors import CorruptCheckpoint
 from surgery.operations.base import Measuring, Statistics
-from surgery.operations.kv_latent.allocation import allocate, offered_widths
+from surgery.operations.kv_latent.allocation import allocate, knee, offered_widths, predicted_cost
 from surgery.operations.kv_latent.attention import CHUNK, Attention, attention_output, fold_value_bias
 from surgery.operations.kv_latent.channels import paper_pairs, stride_channels, stride_pairs
-from surgery.operations.kv_latent.editing import widths
+from surgery.operations.kv_latent.editing import KNEE, widths
 from surgery.operations.kv_latent.settings import KVLatentSettings
 from surgery.operations.kv_latent.solver import (
     averaged_moment,
@@ -94,6 +94,10 @@ def _collect(walk: _Walk, qk: list[int], vo: list[int], costs: list[dict[int, fl
         "output_bias": any(name.endswith("o.bias") for name in tensors),
         "costs": [{str(width): cost for width, cost in item.items()} for item in costs],
     }
+    if costs:
+        chosen = [width for pair in zip(qk, vo, strict=True) for width in pair]
+        heads = [walk.model.num_key_value_heads] * len(costs)
+        facts |= {"predicted_kl": predicted_cost(costs, chosen), "knee": knee(costs, heads, KNEE)}
     return Statistics(tensors, facts)
 
 
@@ -109,7 +113,7 @@ def _solve_layers(walk: _Walk, qk: list[int], vo: list[int]) -> Iterator[tuple[A
         if settings.refit_o:
             target = target + (original_stream - narrowed_stream)
             x, _, _ = _run(call, attention, narrowed_stream)
-        narrowed, pairs = _narrow(walk, layer, original, original_x, x, qk[layer], vo[layer])
+        narrowed, pairs = _narrow(walk, original, original_x, x, qk[layer], vo[layer])
         if settings.refit_o:
             narrowed = refit_o(x, narrowed, target)
         found = torch.cat([attention_output(part, narrowed) for part in x.split(CHUNK)])
@@ -119,7 +123,7 @@ def _solve_layers(walk: _Walk, qk: list[int], vo: list[int]) -> Iterator[tuple[A
 
 
 def _narrow(
-    walk: _Walk, layer: int, original: Attention, original_x: Tensor, x: Tensor, qk_dim: int, vo_dim: int
+    walk: _Walk, original: Attention, original_x: Tensor, x: Tensor, qk_dim: int, vo_dim: int
 ) -> tuple[Attention, list[list[int]]]:
     """Steps 1 to 3 of `solver.py` under the settings."""
     settings, head = walk.settings, walk.model.head_dim
@@ -202,7 +206,7 @@ def _run(call: LayerCall, attention: nn.Module, stream: Tensor) -> tuple[Tensor,
         out = torch.cat([call.run(part) for part in stream.split(BATCH)])
     if not torch.isfinite(out).all():
         raise CorruptCheckpoint(
-            "the base gives values that are NaN or infinite on the calibration text", cause="nothing can be fitted to them",
+            "the base gives values that are NaN or infinite", cause="nothing can be fitted to them",
             remedy="check that the base works, or calibrate on other text",
         )  # fmt: skip
     return torch.cat([pair[0] for pair in seen]).float(), torch.cat([pair[1] for pair in seen]).float(), out

@@ -40,7 +40,7 @@ class KVLatentSettings(Settings):
         "channels that already rotate so",
     )
     rope: Literal["keep", "paper"] = Field(
-        default="keep", description="frequencies of the kept pairs: their own, or the paper's spectrum on other channels"
+        default="keep", description="frequencies of the kept pairs: their own, or the paper's on other channels"
     )
     vo_basis: Literal["svd", "stride"] = Field(
         default="svd", description="values: the calibrated closed form, or every s-th channel"
@@ -54,7 +54,8 @@ class KVLatentSettings(Settings):
         "calibration's, and it can be far worse on other text",
     )
     allocation: Literal["measured", "uniform"] = Field(
-        default="measured", description="how kv_ratio is spread over layers, keys and values: by measured error, or evenly"
+        default="measured",
+        description="how kv_ratio is spread over layers, keys and values: by measured error, or evenly",
     )
     refit_o: bool = Field(default=True, description="fit the output projection layer after layer by ridge regression")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ def pair_gram(x: Tensor, queries: Tensor, a: Attention, chunk: int = CHUNK // 2)
     """Gram matrix of the pairs' contributions to the logits, [H, 2P, 2P] in fp64.
 
     Pair j adds c_j = Re(q_j conj k_j) to a logit; c_{P+j} is the imaginary part, what a complex gain on q_j could add.
-    Gram = mean over queries of sum_n p_n (c - E_p c)(c - E_p c)^T with p the attention itself: the second-order effect on
-    the softmax, which does not feel constants.
+    Gram = mean over queries of sum_n p_n (c - E_p c)(c - E_p c)^T with p the attention itself: the second-order effect
+    on the softmax, which does not feel constants.
     """
     heads, pairs = a.w_q.shape[0], a.cos.shape[-1]
     gram = torch.zeros(heads, 2 * pairs, 2 * pairs, dtype=torch.float64, device=x.device)
@@ -49,7 +50,7 @@ def pair_gram(x: Tensor, queries: Tensor, a: Attention, chunk: int = CHUNK // 2)
 
 
 def gains(gram: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Least-squares complex gains [2 len(kept)] (real parts, then imaginary) of one head's kept pairs, and their loss."""
+    """Least-squares complex gains [2 len(kept)] of one head's pairs (real parts, then imaginary), and their loss."""
     pairs = gram.shape[0] // 2
     total, target = gram[:pairs, :pairs].sum(), gram[:, :pairs].sum(1)
     rows = torch.tensor([*kept, *(pairs + pair for pair in kept)], device=gram.device)
@@ -131,13 +132,15 @@ def reduce_qk(a: Attention, pairs: list[list[int]], gram: Tensor | None) -> Atte
     )  # fmt: skip
 
 
-def refit_qk(x: Tensor, original_x: Tensor, queries: Tensor, original: Attention, a: Attention, steps: int) -> Attention:
+def refit_qk(
+    x: Tensor, original_x: Tensor, queries: Tensor, original: Attention, a: Attention, steps: int
+) -> Attention:
     """Fit both projections of every KV head to the original logits, by L-BFGS on a bilinear least-squares problem.
 
-    Minimizes the mean over queries of sum_n p_n e_n^2 - (sum_n p_n e_n)^2, where e is the logit error (`a` on `x` against
-    `original` on `original_x`) and p the original attention. A row at a kept frequency may become any linear function of
-    the input, since rotation commutes with what is done before it. Inputs are whitened so that few steps suffice. A KV
-    head that this does not improve keeps what it had.
+    Minimizes the mean over queries of sum_n p_n e_n^2 - (sum_n p_n e_n)^2, where e is the logit error (`a` on `x`
+    against `original` on `original_x`) and p the original attention. A row at a kept frequency may become any linear
+    function of the input, since rotation commutes with what is done before it. Inputs are whitened so that few steps
+    suffice. A KV head that this does not improve keeps what it had.
     """
     flat = x.flatten(0, 1)
     factor = torch.linalg.cholesky(_damped((flat.T @ flat).double() / len(flat), WHITENING_RIDGE))
@@ -146,7 +149,8 @@ def refit_qk(x: Tensor, original_x: Tensor, queries: Tensor, original: Attention
         _fit_group(x, original_x, queries, _group(original, g), _group(a, g), factor, inverse, steps)
         for g in range(len(a.w_k))
     ]
-    return replace(a, **{name: torch.cat([one[name] for one in fitted]) for name in fitted[0]})
+    joined: dict[str, Any] = {name: torch.cat([one[name] for one in fitted]) for name in fitted[0]}
+    return replace(a, **joined)
 
 
 def _fit_group(
@@ -160,7 +164,7 @@ def _fit_group(
     whitened = {"w_q": a.w_q @ factor, "w_k": a.w_k @ factor}
     free = {name: tensor.detach().clone().requires_grad_() for name, tensor in (given | whitened).items()}
 
-    def pieces(x: Tensor, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    def pieces(x: Tensor, tensors: dict[str, Any]) -> Iterator[Tensor]:
         for part, q, target in zip(x.split(CHUNK), asked, targets, strict=True):
             weight = target.softmax(-1)
             error = (logits(part, replace(a, **tensors), q) - target).masked_fill(weight == 0, 0.0)
@@ -171,7 +175,7 @@ def _fit_group(
     def loss() -> float:
         total = 0.0
         for piece in pieces(white, free):
-            piece.backward()  # type: ignore[no-untyped-call]
+            piece.backward()
             total += piece.item()
         return total
 
@@ -194,7 +198,7 @@ def _lbfgs(parameters: list[Tensor], loss: Callable[[], float], steps: int) -> N
         with torch.enable_grad():
             return torch.tensor(loss())
 
-    optimizer.step(evaluate)  # type: ignore[arg-type, no-untyped-call]
+    optimizer.step(evaluate)
 
 
 def _group(a: Attention, g: int) -> Attention:
@@ -221,9 +225,9 @@ def averaged_moment(x: Tensor, queries: Tensor, a: Attention) -> Tensor:
 def reduce_vo(a: Attention, moment: Tensor, width: int) -> Attention:
     """The best replacement of rank `width` of each group's stacked map S = [O_h V_g]_h, under E ||(S - S') z||^2.
 
-    With C = L L^T and S L = U Sigma W^T: V' = W_r^T L^-1, O' = U_r Sigma_r; the error is the sum of the dropped sigma^2.
-    The SVD is of a core of the head's width, after a QR of both sides. Spec: KV-Latent's authors rule a basis change out
-    for keys; values are not rotated, so it is exact for them.
+    With C = L L^T and S L = U Sigma W^T: V' = W_r^T L^-1, O' = U_r Sigma_r; the error is the sum of the dropped
+    sigma^2. The SVD is of a core of the head's width, after a QR of both sides. KV-Latent's authors rule a basis change
+    out, because rotation comes between queries and keys; values are not rotated.
     """
     values, outputs = [], []
     for g, (value, second) in enumerate(zip(a.w_v, moment, strict=True)):
