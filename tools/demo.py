@@ -12,6 +12,9 @@ import surgery
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Less text than the recipe, for a demonstration of a minute or two.
+OVERRIDES = ("calibration.text=builtin", "calibration.samples=24", "calibration.length=256")
+
 # What a stranger would write, plus a bar that keeps surgery from being imported.
 STRANGER = """
 import sys; sys.modules["surgery"] = None
@@ -24,7 +27,7 @@ for name, folder in json.loads(sys.argv[1]).items():
     ids = tokenizer("Return the", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=24, do_sample=False)
     found[name] = {"class": type(model).__name__, "text": tokenizer.decode(out[0], skip_special_tokens=True)}
-print(json.dumps(found))
+open(sys.argv[2], "w").write(json.dumps(found))
 """
 
 
@@ -32,10 +35,8 @@ def main() -> int:
     """Run the demo; returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
         out = Path(folder) / "latent"
-        manifest = surgery.load_manifest(
-            REPOSITORY / "manifests/kv-latent-75.yaml", overrides=["calibration.text=builtin"]
-        )
-        print("surgery convert builtin:llama latent -m manifests/kv-latent-75.yaml --set calibration.text=builtin\n")
+        manifest = surgery.load_manifest(REPOSITORY / "manifests/kv-latent-75.yaml", overrides=OVERRIDES)
+        print(" --set ".join(["surgery convert builtin:llama latent -m manifests/kv-latent-75.yaml", *OVERRIDES]), "\n")
         done = surgery.convert("builtin:llama", out, manifest)
         base = REPOSITORY / "surgery/builtin/llama"
         loaded = stranger({"before": str(base), "after": str(out)})
@@ -45,11 +46,12 @@ def main() -> int:
 
 def stranger(folders: dict[str, str]) -> dict[str, dict[str, str]]:
     """Load checkpoints in a fresh process without surgery."""
-    command = [sys.executable, "-c", STRANGER, json.dumps(folders)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        sys.exit(f"loading without surgery failed:\n{run.stderr}")
-    found: dict[str, dict[str, str]] = json.loads(run.stdout.splitlines()[-1])
+    with tempfile.NamedTemporaryFile("r") as result:
+        command = [sys.executable, "-c", STRANGER, json.dumps(folders), result.name]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            sys.exit(f"loading without surgery failed:\n{run.stderr}")
+        found: dict[str, dict[str, str]] = json.load(result)
     return found
 
 

@@ -501,6 +501,25 @@ def test_a_fitted_stride_may_stay_stock(family, tmp_path):
     close(run(load(out)), run(padded(base, out)), 2e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_queries_of_a_stock_result_carry_the_scale(family, tmp_path):
+    """Only the outputs are fitted: the stock class divides by sqrt(8), the base by sqrt(16)."""
+    base = write_tiny(tmp_path / f"base_{family}", family)
+    chosen = {**STRIDE, "qk_dim": 8, "vo_dim": 8, **NO_FIT, "refit_o": True}
+    out = convert(base, tmp_path / f"{family}_scaled", chosen)
+    assert config_of(out)["head_dim"] == 8
+    before, after = tensors_of(base), tensors_of(out)
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.self_attn"
+        for kind in ("weight", "bias") if family == "qwen2" else ("weight",):
+            for part, scale in (("q", 0.5**0.5), ("k", 1.0), ("v", 1.0)):
+                name = f"{prefix}.{part}_proj.{kind}"
+                close(after[name], before[name][::2] * scale, 1e-6)
+        assert not torch.allclose(
+            after[f"{prefix}.o_proj.weight"], before[f"{prefix}.o_proj.weight"][:, ::2], atol=1e-2
+        )
+
+
 @every_family
 @pytest.mark.parametrize(
     "chosen",
@@ -734,6 +753,30 @@ def test_prices_are_divergences_at_the_output(family, refit_o, tmp_path, monkeyp
             divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
             assert costs[2 * layer + item][str(width)] == pytest.approx(divergence, rel=1e-3)
             assert costs[2 * layer + item][str(HEAD)] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_outputs_are_fitted_to_the_original_stream(family, tmp_path, monkeypatch):
+    """The second layer's output makes up, as well as least squares can, for what the first one lost."""
+    from surgery.calibration import stage
+    from surgery.calibration.text import Windows
+
+    base, ids = write_tiny(tmp_path / f"base_{family}", family, seed=8), tokens(60, rows=10)
+    monkeypatch.setattr(stage, "_windows", lambda *_: Windows(ids, {}))
+    out = convert(base, tmp_path / f"{family}_fitted", {"qk_dim": 6, "vo_dim": 6})
+    seen, streams = {}, []
+    for name, model in (("base", load(base)), ("result", load(out))):
+        projection = model.model.layers[1].self_attn.o_proj
+        projection.register_forward_hook(lambda _m, x, y, name=name: seen.update({name: (x[0], y)}))
+        with torch.no_grad():
+            streams.append(model(ids, output_hidden_states=True).hidden_states[1])
+    target = (seen["base"][1] + streams[0] - streams[1]).flatten(0, 1).double()
+    design, reached = (one.flatten(0, 1).double() for one in seen["result"])
+    if family == "qwen2":
+        design = torch.cat([design, torch.ones_like(design[:, :1])], 1)
+    best = design @ torch.linalg.lstsq(design, target).solution
+    least = float((best - target).square().sum())
+    assert least <= float((reached - target).square().sum()) <= 1.01 * least
 
 
 def test_own_text_is_the_same_every_time(tmp_path):

@@ -335,6 +335,19 @@ def test_refit_never_worsens_its_loss(seed, steps):
         assert after < 0.9 * before
 
 
+def test_a_search_that_fails_changes_nothing(monkeypatch):
+    def spoil(parameters, _loss, _steps):
+        for parameter in parameters:
+            parameter.data += 1.0
+
+    monkeypatch.setattr(solver, "_lbfgs", spoil)
+    x, asked, a = make(2)
+    narrow = solver.reduce_qk(a, [[0, 1], [2, 3]], None)
+    fitted = solver.refit_qk(x, x, asked, a, narrow, 3)
+    assert torch.equal(fitted.w_q, narrow.w_q)
+    assert torch.equal(fitted.w_k, narrow.w_k)
+
+
 def test_refit_finds_the_original_at_full_width():
     from dataclasses import replace
 

@@ -87,8 +87,8 @@ def edit(draft: Draft, settings: KVLatentSettings, statistics: Statistics | None
     if statistics is not None and statistics.facts.get("predicted_kl", 0.0) > KNEE:
         cost, floor = statistics.facts["predicted_kl"], statistics.facts["knee"]
         draft.notes.append(
-            f"past the knee: these widths cost at least {cost:.2f} nats per token; above {KNEE} a model has visibly lost, "
-            f"and this one stays below it down to kv_ratio {floor:g}"
+            f"past the knee: these widths cost at least {cost:.2f} nats per token; above {KNEE} a loss shows, "
+            f"and this model stays below that down to kv_ratio {floor:g}"
         )
     for layer, shape in enumerate(shapes):
         _rewrite_layer(draft, model, layer, shape, statistics, stock)
