@@ -31,6 +31,12 @@ class LayerCall:
         return found
 
 
+def input_device(network: Any) -> torch.device:
+    """Where inputs belong; accelerate leaves parameters that it offloads to disk on `meta`."""
+    device: torch.device = network.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def decoder_layers(network: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model."""
     layers: nn.ModuleList = network.get_decoder().layers if hasattr(network, "get_decoder") else network.model.layers
@@ -54,14 +60,14 @@ def record_calls(network: Any, windows: Tensor) -> tuple[Tensor, list[LayerCall]
         raise _Entered
 
     handles = [layer.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    network(input_ids=windows[:1].to(network.device), use_cache=False)
+    network(input_ids=windows[:1].to(input_device(network)), use_cache=False)
     for handle in handles:
         handle.remove()
     handle = layers[0].register_forward_pre_hook(first, with_kwargs=True)
     try:
         for batch in windows.split(BATCH):
             try:
-                network(input_ids=batch.to(network.device), use_cache=False)
+                network(input_ids=batch.to(input_device(network)), use_cache=False)
             except _Entered:
                 continue
     finally:

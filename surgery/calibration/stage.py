@@ -96,6 +96,7 @@ def _fingerprint(checkpoint: Checkpoint, step: Step, calibration: Calibration) -
         "operation": step.operation.name,
         "settings": step.settings.model_dump(mode="json"),
         "source": source,
+        "field": calibration.field,
         "samples": calibration.samples,
         "length": calibration.length,
         "seed": calibration.seed,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from surgery.calibration.documents import read_documents
-from surgery.errors import UsageError
+from surgery.calibration.layers import input_device
+from surgery.errors import CorruptCheckpoint, UsageError
 
 if TYPE_CHECKING:
     from surgery.manifest import Calibration
@@ -101,9 +102,14 @@ def sampled_windows(model: Any, calibration: Calibration, longest: int | None, s
 def _sample(model: Any, tokens: Tensor, length: int, generator: torch.Generator) -> Tensor:
     cache, last = None, tokens
     while tokens.shape[1] < length:
-        out = model(input_ids=last.to(model.device), past_key_values=cache, use_cache=True)
+        out = model(input_ids=last.to(input_device(model)), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         chances = out.logits[:, -1].float().softmax(-1).cpu()
+        if not chances.isfinite().all():
+            raise CorruptCheckpoint(
+                "the base gives no probabilities when it writes calibration text", cause="its logits are NaN or infinite",
+                remedy="check that the base works",
+            )  # fmt: skip
         last = torch.multinomial(chances, 1, generator=generator)
         tokens = torch.cat([tokens, last], 1)
     return tokens

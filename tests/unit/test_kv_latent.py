@@ -663,7 +663,6 @@ def test_empty_quantization_config_is_none(tmp_path):
     assert surgery.plan(str(base), manifest(method="stride", qk_dim=8)).cache_bytes_after == 2 * 2 * (8 + 16) * 4
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="sampling from logits that are NaN raises what torch raises")
 def test_a_base_that_cannot_write_is_refused(tmp_path):
     def spoil(tensors):
         tensors["model.layers.0.mlp.up_proj.weight"][:] = math.nan
