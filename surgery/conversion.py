@@ -17,8 +17,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.calibration.documents import calibration_source, evaluation_text
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES
 from surgery.checkpoint.journal import Finished, Journal, exclusive, read_journal, start_journal, sync_folder
-from surgery.checkpoint.layout import index_bytes, lay_out
+from surgery.checkpoint.layout import Shard, index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from surgery.checkpoint.resolve import open_base
 from surgery.checkpoint.writer import Job, environment_errors, hash_file, write_file, write_shards
@@ -70,7 +71,6 @@ class _Run:
     statistics: Path
     report: Report
     measured: dict[str, Statistics] = field(default_factory=dict)
-    unchanged: dict[str, Finished] = field(default_factory=dict)
 
 
 def convert(
@@ -137,7 +137,7 @@ def _run_stages(
         if step.measures:
             if edited:
                 folder = run.partial / "stages" / str(number)
-                _write(run, current, draft, folder, None)
+                _write(run, current, draft, folder, lay_out(current, draft.tensors, None))
                 current = open_checkpoint(folder, revision=checkpoint.revision, trust_remote_code=True)
                 draft, edited = open_draft(current), False
             found = _measure(run, current, step)
@@ -147,9 +147,13 @@ def _run_stages(
     final = run.partial / "checkpoint"
     if run.manifest.output.dtype != "keep":
         draft.cast(SAFETENSORS_NAMES[run.manifest.output.dtype])
-    outputs = _write(run, current, draft, final, run.manifest.output.shard_bytes)
+    shards = lay_out(current, draft.tensors, run.manifest.output.shard_bytes)
+    same = {shard.unchanged: shard.name for shard in shards if shard.unchanged and current is checkpoint}
+    with _hashing(checkpoint, same) as hashes:
+        outputs = _write(run, current, draft, final, shards)
+        inputs = hashes() | {name: outputs[copy] for name, copy in same.items()}
     plan = _settled(run, checkpoint, current, plan, draft)
-    lock, verification = _finish(run, checkpoint, plan, draft, outputs, _hash_inputs(run, checkpoint))
+    lock, verification = _finish(run, checkpoint, plan, draft, outputs, inputs)
     return plan, lock, verification
 
 
@@ -167,12 +171,11 @@ def _settled(run: _Run, base: Checkpoint, last: Checkpoint, plan: Plan, draft: D
 
 
 def _write(
-    run: _Run, checkpoint: Checkpoint, draft: Draft, folder: Path, shard_bytes: int | None
+    run: _Run, checkpoint: Checkpoint, draft: Draft, folder: Path, shards: tuple[Shard, ...]
 ) -> dict[str, Finished]:
     """Write one checkpoint folder: weights, index, config, code and what came with the base."""
     with environment_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    shards = lay_out(checkpoint, draft.tensors, shard_bytes)
     total = sum(shard.data_bytes for shard in shards)
     counted, guard = [0], threading.Lock()
 
@@ -184,8 +187,6 @@ def _write(
     prefix = f"{folder.relative_to(run.partial)}/"
     job = Job(checkpoint, folder, prefix, run.journal, run.workers, run.link, progress)
     outputs = write_shards(job, shards)
-    if folder.name == "checkpoint":
-        run.unchanged.update({s.unchanged: outputs[s.name] for s in shards if s.unchanged})
     index = index_bytes(shards)
     if index is not None:
         outputs[index[0]] = write_file(folder / index[0], index[1])
@@ -255,13 +256,19 @@ def _verify(run: _Run, base: Checkpoint, plan: Plan, folder: Path) -> Verificati
     return found
 
 
-def _hash_inputs(run: _Run, checkpoint: Checkpoint) -> dict[str, Finished]:
-    """Hash every file of the base that was read; files copied unchanged were hashed on the way."""
+@contextmanager
+def _hashing(checkpoint: Checkpoint, unchanged: Collection[str]) -> Iterator[Callable[[], dict[str, Finished]]]:
+    """Hash, beside what runs in the block, every file of the base that was read and is not `unchanged`.
+
+    Yields a function that waits for the hashes. A thread of its own keeps a core busy while others import or sync.
+    """
     names = ["config.json", *checkpoint.shards, *(f.name for f in checkpoint.side_files if not f.dropped)]
-    left = [name for name in names if name not in run.unchanged]
-    with ThreadPoolExecutor(max_workers=run.workers) as pool:
-        hashed = dict(zip(left, pool.map(lambda name: hash_file(checkpoint.path(name)), left), strict=True))
-    return {name: run.unchanged.get(name) or hashed[name] for name in names}
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="surgery-hash")
+    futures = {name: pool.submit(hash_file, checkpoint.path(name)) for name in names if name not in unchanged}
+    try:
+        yield lambda: {name: future.result() for name, future in futures.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _fingerprint(checkpoint: Checkpoint, manifest: Manifest, plan: Plan) -> str:

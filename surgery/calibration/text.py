@@ -107,8 +107,8 @@ def _sample(model: Any, tokens: Tensor, length: int, generator: torch.Generator)
         chances = out.logits[:, -1].float().softmax(-1).cpu()
         if not chances.isfinite().all():
             raise CorruptCheckpoint(
-                "the base gives no probabilities when it writes calibration text", cause="its logits are NaN or infinite",
-                remedy="check that the base works",
+                "the base gives no probabilities when it writes calibration text",
+                cause="its logits are NaN or infinite", remedy="check that the base works",
             )  # fmt: skip
         last = torch.multinomial(chances, 1, generator=generator)
         tokens = torch.cat([tokens, last], 1)
