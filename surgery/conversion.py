@@ -34,7 +34,7 @@ from surgery.checkpoint.writer import Job, environment_errors, hash_file, write_
 from surgery.emission.checkpoint import write_small_files
 from surgery.emission.lock import LOCK, lock_bytes, make_lock
 from surgery.errors import DiskFull, OutputExists, RefusedInput, VerificationFailure
-from surgery.planning import Draft, Plan, describe, make_plan, open_draft
+from surgery.planning import FLOAT32_LIMIT, Draft, Plan, describe, make_plan, open_draft
 from surgery.progress import Progress, Report, silent
 from surgery.version import __version__
 
@@ -242,7 +242,8 @@ def _verify(run: _Run, base: Checkpoint, plan: Plan, folder: Path) -> Verificati
         if wanted.text is not None and (base.folder / "tokenizer_config.json").is_file():
             text = Path(work) / "heldout.txt"
             text.write_text(evaluation_text(wanted.text), encoding="utf-8")
-        trial = Trial(text=text, device=run.device)
+        small = base.parameter_count * 4 <= FLOAT32_LIMIT
+        trial = Trial(text=text, device=run.device, dtype="float32" if small else "auto")
         found = verify(folder, against=base.folder, trust_base_code=base.remote_code, promises=promises, trial=trial)
     if not found.passed:
         first = found.failures[0]

@@ -47,7 +47,7 @@ def make_card(
             checkpoint, side_files=(*checkpoint.side_files, SideFile(side, 1, "a | reason\n# of mine"))
         )
     data = {"surgery": 1, "operations": [] if settings is None else [{"kv_latent": settings}]}
-    manifest = manifest_from_dict(data | {"verify": {"text": ["/home/somebody/secret/heldout.txt"]}})
+    manifest = manifest_from_dict(data | {"verify": {"text": ["/srv/somebody/secret/heldout.txt"]}})
     steps = manifest.steps
     plan, draft = make_plan(checkpoint, manifest), open_draft(checkpoint)
     for step in steps:
@@ -92,7 +92,7 @@ def test_a_local_base_is_named_by_its_folder_and_nothing_else(base):
     assert "some model" in text
     assert "base_model" not in metadata(text)
     assert str(base.parent) not in text
-    assert "/home" not in text
+    assert "/srv" not in text
     assert not re.search(r"(?<![\w.<])/(?!/)\w+/\w+", text.replace("https://huggingface.co/", ""))
 
 

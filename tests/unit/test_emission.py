@@ -196,7 +196,7 @@ def test_the_entry_must_import_every_helper_itself():
         ({"rope_theta": 1e4, "rope_scaling": None}, {"rope_theta": 1e4, "rope_scaling": None}),
         ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
         ({"torch_dtype": "float16"}, {"dtype": "float16", "torch_dtype": "float16"}),
-        ({"_name_or_path": "/home/me", "x": [1]}, {"x": [1]}),
+        ({"_name_or_path": "/srv/me", "x": [1]}, {"x": [1]}),
         (
             {"model_type": "qwen3_moe", "num_local_experts": 5},
             {"model_type": "qwen3_moe", "num_local_experts": 5, "num_experts": 5},

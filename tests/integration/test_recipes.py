@@ -1,0 +1,46 @@
+"""The ready manifests do what they say, on the built-in model; with less text than they ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+MANIFESTS = sorted((Path(__file__).resolve().parents[2] / "manifests").glob("*.yaml"))
+LESS = ("calibration.samples=6", "calibration.length=64")
+# Share of the cache that is left, and whether a stock class holds the result.
+EXPECTED = {
+    "kv-latent-75": (0.75, False),
+    "kv-latent-50": (0.5, False),
+    "kv-latent-paper": (0.5, False),
+    "kv-latent-stock": (0.5, True),
+    "passthrough": (1.0, True),
+}
+
+
+def test_every_recipe_is_expected() -> None:
+    assert {path.stem for path in MANIFESTS} == set(EXPECTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_recipe_converts_and_verifies(path: Path, tmp_path: Path) -> None:
+    ratio, stock = EXPECTED[path.stem]
+    manifest = surgery.load_manifest(path, overrides=LESS)
+    planned = surgery.plan("builtin:llama", manifest)
+    done = surgery.convert("builtin:llama", tmp_path / "out", manifest, statistics=tmp_path / "statistics")
+    assert done.verification is not None
+    assert done.verification.passed
+    assert done.plan.cache_bytes_before == 1536
+    assert done.plan.cache_bytes_after is not None
+    # Widths come in steps, so a measured allocation may stay a little under what it may use.
+    assert ratio - 0.05 <= done.plan.cache_bytes_after / 1536 <= ratio
+    assert bool(done.plan.code) is not stock
+    assert bool(planned.code) is not stock
+    assert (tmp_path / "out/modeling_surgery_llama.py").exists() is not stock
+    lock = json.loads((tmp_path / "out/surgery.lock.json").read_text())
+    assert lock["promises"]["kv_bytes_per_token"] == done.plan.cache_bytes_after
+    assert surgery.verify(tmp_path / "out").passed
