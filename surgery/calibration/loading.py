@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from surgery.checkpoint.reader import Checkpoint
+from surgery.errors import EnvironmentFailure
 from surgery.planning import FLOAT32_LIMIT
 
 
@@ -22,6 +23,7 @@ def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = N
     """
     from transformers import AutoModelForCausalLM, PretrainedConfig
 
+    check_device(device)
     dtype = torch.float32 if checkpoint.parameter_count * 4 <= FLOAT32_LIMIT else "auto"
     needed = checkpoint.parameter_count * 4 if dtype == torch.float32 else checkpoint.tensor_bytes
     limit = max_memory if max_memory is not None else _free_memory() // 2
@@ -36,6 +38,17 @@ def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = N
             settings |= {"device_map": "auto", "max_memory": {"cpu": limit}, "offload_folder": folder}
         model = AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), **settings)
         yield model.eval()
+
+
+def check_device(device: str) -> None:
+    """Raise EnvironmentFailure where torch cannot put anything on `device`."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise EnvironmentFailure(
+            f"the device {device!r} cannot be used", cause=str(error).partition("\n")[0][:200],
+            remedy="leave --device out, or install a torch that has it",
+        ) from error  # fmt: skip
 
 
 def _free_memory() -> int:

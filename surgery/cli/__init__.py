@@ -13,7 +13,7 @@ import click
 
 from surgery.cli.group import surgery
 from surgery.cli.output import Output
-from surgery.errors import InternalError, SurgeryError, UsageError
+from surgery.errors import EnvironmentFailure, InternalError, SurgeryError, UsageError
 
 INTERRUPTED = 130
 
@@ -40,11 +40,22 @@ def run(arguments: Sequence[str]) -> int:
         output.traceback(error)
         output.error(error)
         return error.exit_code
+    except MemoryError as error:
+        output.traceback(error)
+        output.error(_no_memory())
+        return EnvironmentFailure.exit_code
     except Exception as error:  # noqa: BLE001 - the last place where a defect can become a message
         output.traceback(error)
         output.error(_defect(error))
         return InternalError.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _no_memory() -> EnvironmentFailure:
+    return EnvironmentFailure(
+        "there is not enough memory", cause="an allocation failed",
+        remedy="look at the memory in `surgery plan`, and try --workers 1",
+    )  # fmt: skip
 
 
 def _usage_error(error: click.ClickException) -> UsageError:

@@ -320,3 +320,9 @@ def test_the_command_line_ends_with_the_error_s_exit_code(tmp_path: Path) -> Non
     assert ended.returncode == 3
     assert [line.split()[0] for line in ended.stderr.strip().splitlines()] == ["error:", "why:", "next:"]
     assert sorted(place.name for place in tmp_path.iterdir()) == ["base"]
+
+
+def test_a_device_that_is_not_there_is_told_in_three_lines(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFailure, match="cannot be used"):
+        surgery.convert(str(base), tmp_path / "out", manifest(CALIBRATED), device="cuda:99", statistics=tmp_path / "s")
+    assert not (tmp_path / "out").exists()

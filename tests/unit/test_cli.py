@@ -271,6 +271,15 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_no_memory_is_no_defect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("surgery.inspection.inspect", fail)
+    assert cli.run(["inspect", "builtin:llama"]) == 4
+    assert "not enough memory" in capsys.readouterr().err
+
+
 def test_defects_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def convert(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("oops")
