@@ -45,6 +45,8 @@ def _conversion(done: Conversion) -> Human:
     yield f"wrote {done.out}: {human_size(plan.bytes_written)} in {done.seconds:.1f} s"
     if done.resumed_files:
         yield f"{done.resumed_files} files were finished by an earlier run"
+    for note in plan.notes:
+        yield f"note: {note}"
     if done.verification is None:
         yield "it was not verified; do that with: surgery verify " + str(done.out)
     else:

@@ -23,7 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.manifest import manifest_from_dict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import FAMILIES, head_width, write_tiny
+from tests.tiny import FAMILIES, head_width, write_tiny
 
 HEAD = 16
 TOKENS = 90  # beyond the 64 tokens of the scaled ropes' original context

@@ -21,7 +21,7 @@ from surgery.emission.code import Family, RuntimePart, emit_code
 from surgery.emission.config import custom_config, down_level
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import ARCHITECTURES, FAMILIES, MOE_FAMILIES, head_width, write_tiny
+from tests.tiny import ARCHITECTURES, FAMILIES, MOE_FAMILIES, head_width, write_tiny
 
 PART = RuntimePart("surgery_latent_attention.py", "LatentAttention", "self_attn")
 NORMED = ("qwen3", "qwen3_moe", "olmoe")

@@ -18,10 +18,12 @@ from hypothesis import strategies as some
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.checkpoint.reader import open_checkpoint
 from surgery.errors import CorruptCheckpoint, ManifestError, RefusedInput, UnsupportedModel, UsageError
 from surgery.manifest import manifest_from_dict
-from surgery.operations.kv_latent import solver
-from surgery.operations.kv_latent.allocation import allocate, offered_widths
+from surgery.operations.base import Statistics
+from surgery.operations.kv_latent import OPERATION, solver
+from surgery.operations.kv_latent.allocation import allocate, knee, offered_widths, predicted_cost
 from surgery.operations.kv_latent.attention import Attention, attention_output, fold_value_bias
 from surgery.operations.kv_latent.channels import (
     head_rows,
@@ -32,9 +34,10 @@ from surgery.operations.kv_latent.channels import (
     stride_pairs,
 )
 from surgery.operations.kv_latent.settings import KVLatentSettings
+from surgery.planning import open_draft
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny import write_tiny
+from tests.tiny import write_tiny
 
 DOUBLE = torch.float64
 
@@ -673,3 +676,25 @@ def test_a_base_that_cannot_write_is_refused(tmp_path):
     )
     with pytest.raises(CorruptCheckpoint):
         surgery.convert(str(base), tmp_path / "out", own, statistics=tmp_path / "statistics")
+
+
+def test_the_knee_is_where_the_best_widths_cost_what_is_allowed():
+    # Two items of one head each; what a width costs is plain to add up by hand.
+    costs = [{16: 0.0, 8: 0.02, 4: 0.3}, {16: 0.0, 8: 0.05, 4: 0.06}]
+    assert predicted_cost(costs, [8, 4]) == pytest.approx(0.08)
+    assert knee(costs, [1, 1], 0.1) == 0.4  # 8 + 4 of 32 is the least that stays within 0.1: 12 / 32 = 0.375
+    assert knee(costs, [1, 1], 0.0) == 1.0
+    assert knee(costs, [1, 1], 1.0) == 0.25
+
+
+def test_a_model_past_its_knee_is_told_so(tmp_path):
+    base = write_tiny(tmp_path / "base", "llama")
+    checkpoint = open_checkpoint(base)
+    facts = {
+        "layers": [{"qk_dim": 8, "vo_dim": 8, "rope_pairs": [[0, 1, 2, 3]] * 2, "scaling": 0.25}] * 2,
+        "shapes": {}, "output_bias": False, "knee": 0.85,
+    }  # fmt: skip
+    for cost, told in ((0.05, False), (0.4, True)):
+        draft = open_draft(checkpoint)
+        OPERATION.edit(draft, KVLatentSettings(), Statistics({}, facts | {"predicted_kl": cost}))
+        assert any("past the knee" in note and "0.85" in note for note in draft.notes) == told
