@@ -204,7 +204,7 @@ def test_convert_hands_every_option_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: str
 ) -> None:
     seen: dict[str, Any] = {}
-    plan = SimpleNamespace(to_json=dict, bytes_written=5)
+    plan = SimpleNamespace(to_json=dict, bytes_written=5, notes=("look here",))
 
     def convert(base: str, out: Path, manifest: Manifest, **options: Any) -> Any:
         options["report"](Progress("write", 1, 2, "B"))
@@ -244,6 +244,7 @@ def test_convert_hands_every_option_on(
     assert cli.run(arguments) == 0
     out, err = capsys.readouterr()
     assert "wrote OUT" in out
+    assert "note: look here" in out
     assert err == "write ...\n"
 
 
