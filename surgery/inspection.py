@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from surgery.architectures import Architecture, Model, Rope, architectures
-from surgery.checkpoint.dtypes import TORCH_NAMES
+from surgery.checkpoint.dtypes import TORCH_NAMES, element_count
 from surgery.checkpoint.resolve import open_base
 from surgery.errors import RefusedInput, UnsupportedModel
 from surgery.metrics.cache import cache_bytes_per_token
@@ -82,7 +82,7 @@ def inspect(base: str, *, trust_remote_code: bool = False, allow_pickle: bool = 
     draft = open_draft(checkpoint)
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        dtypes[TORCH_NAMES.get(tensor.dtype, tensor.dtype)] += _elements(tensor.shape)
+        dtypes[TORCH_NAMES.get(tensor.dtype, tensor.dtype)] += element_count(tensor.shape)
     known = draft.architecture is not None
     dtype = storage_dtype(checkpoint)
     return Inspection(
@@ -166,10 +166,3 @@ def _rope(model: Model) -> Rope | None:
         return model.rope
     except UnsupportedModel:
         return None  # more than one rope table; the operations say so themselves
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from surgery.architectures import Architecture, Model, find_architecture
-from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES
+from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES, element_count
 from surgery.checkpoint.expressions import Computed, Rewrite, Stored, Tensors, TensorSpec, Value, sources
 from surgery.checkpoint.layout import index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint
@@ -268,7 +268,7 @@ def describe(
         operations=tuple({step.operation.name: step.settings.model_dump(mode="json")} for step in manifest.steps),
         stages=stages,
         parameters_before=checkpoint.parameter_count,
-        parameters_after=sum(_elements(value.spec.shape) for value in draft.tensors.values()),
+        parameters_after=sum(element_count(value.spec.shape) for value in draft.tensors.values()),
         bytes_read=_bytes_read(draft),
         bytes_written=written,
         disk_needed=written * max(edits, 1) + SMALL_FILES_BYTES,
@@ -334,10 +334,3 @@ def _measuring_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) 
     weights = whole if whole <= FLOAT32_LIMIT else checkpoint.tensor_bytes
     tokens = manifest.calibration.samples * manifest.calibration.length
     return INTERPRETER_BYTES + 2 * TORCH_BYTES + weights + 8 * tokens * draft.model.hidden_size * 4
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

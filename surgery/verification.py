@@ -6,7 +6,6 @@ fresh interpreter, offline, with an empty cache of remote code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from surgery.checkpoint.writer import hash_file
 from surgery.errors import SurgeryError, UsageError, VerificationFailure
 
 LOCK = "surgery.lock.json"
@@ -190,7 +190,7 @@ def check_hashes(folder: Path) -> Check:
     for name in sorted(there.keys() & outputs.keys()):
         if not there[name].is_file() or there[name].stat().st_size != outputs[name]["bytes"]:
             problems.append(f"{name} has another size")
-        elif _sha256(there[name]) != outputs[name]["sha256"]:
+        elif hash_file(there[name]).sha256 != outputs[name]["sha256"]:
             problems.append(f"{name} has another hash")
     return Check("hashes", "fail" if problems else "pass", "; ".join(problems) or f"{len(outputs)} files")
 
@@ -274,8 +274,3 @@ def _files(folder: Path) -> dict[str, Path]:
         entries = [*files, *(name for name in folders if (Path(place) / name).is_symlink())]
         found |= {(Path(place) / name).relative_to(folder).as_posix(): Path(place) / name for name in entries}
     return {name: path for name, path in found.items() if name not in NOT_OUTPUTS}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 BITS: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -21,11 +23,14 @@ SAFETENSORS_NAMES: dict[str, str] = {name: code for code, name in TORCH_NAMES.it
 FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 
 
+def element_count(shape: tuple[int, ...]) -> int:
+    """Elements of a tensor of `shape`."""
+    return math.prod(shape)
+
+
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor of `dtype` and `shape` takes; raises ValueError where it is no whole number."""
-    elements = 1
-    for size in shape:
-        elements *= size
+    elements = element_count(shape)
     count, rest = divmod(elements * BITS[dtype], 8)
     if rest:
         raise ValueError(f"{elements} elements of {dtype} do not fill whole bytes")

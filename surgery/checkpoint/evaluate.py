@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES, TORCH_NAMES
-from surgery.checkpoint.expressions import Rewrite, Stored, Value
+from surgery.checkpoint.expressions import Rewrite, Stored
 from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.reader import Checkpoint, read_into, reading_errors
 from surgery.errors import CorruptCheckpoint, InternalError, UnsupportedModel
@@ -29,13 +29,6 @@ def load(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     with reading_errors(path), path.open("rb", buffering=0) as file:
         read_into(file.fileno(), memoryview(buffer), info.offset, info.shard)
     return torch.frombuffer(buffer, dtype=dtype).view(info.shape)
-
-
-def value_of(checkpoint: Checkpoint, value: Value) -> Tensor:
-    """Evaluate a single value."""
-    if isinstance(value, Stored):
-        return load(checkpoint, value.info)
-    return evaluate(checkpoint, value.rewrite)[value.key]
 
 
 def evaluate(checkpoint: Checkpoint, rewrite: Rewrite) -> Mapping[str, Tensor]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.checkpoint.dtypes import element_count
 from surgery.checkpoint.header import Header, TensorInfo, parse_json, read_header
 from surgery.errors import CorruptCheckpoint, SourceUnavailable, UnsafeCheckpoint
 
@@ -72,7 +73,7 @@ class Checkpoint:
     @property
     def parameter_count(self) -> int:
         """Stored elements over all tensors."""
-        return sum(_elements(tensor.shape) for tensor in self.tensors.values())
+        return sum(element_count(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def tensor_bytes(self) -> int:
@@ -379,10 +380,3 @@ def _side_file(folder: Path, name: str, size: int, *, remote_code: bool) -> Side
         return SideFile(name, size, "code that no config of the base uses")
     inner_path(folder, name)
     return SideFile(name, size)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

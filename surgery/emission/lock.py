@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
+from surgery.emission.checkpoint import json_bytes
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def make_lock(
 
 def lock_bytes(lock: Mapping[str, Any]) -> bytes:
     """The lock as it is written."""
-    return (json.dumps(lock, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return json_bytes(lock)
 
 
 def portable_source(base: Checkpoint) -> str:
