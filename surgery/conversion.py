@@ -3,9 +3,11 @@
     OUT.partial/.lock            held while a conversion runs
     OUT.partial/journal.jsonl    finished files
     OUT.partial/stages/N/        checkpoints between stages
+    OUT.partial/stages/N-train/  the state of a training stage
     OUT.partial/checkpoint/      what becomes OUT
 
-A killed conversion leaves OUT.partial; the same command goes on from there.
+A killed conversion leaves OUT.partial; the same command goes on from there. Under `accelerate launch` the same command
+runs in several processes: the first one does all of this, the others follow it and join where something is trained.
 """
 
 from __future__ import annotations
@@ -24,22 +26,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.calibration.documents import calibration_source, evaluation_text
+from surgery.calibration.documents import evaluation_text, plain_text, read_documents, text_source
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES
+from surgery.checkpoint.expressions import Stored
 from surgery.checkpoint.journal import Finished, Journal, exclusive, read_journal, start_journal, sync_folder
 from surgery.checkpoint.layout import Shard, index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from surgery.checkpoint.resolve import open_base
-from surgery.checkpoint.writer import Job, environment_errors, hash_file, write_file, write_shards
+from surgery.checkpoint.writer import Job, environment_errors, hash_file, hash_tensors, write_file, write_shards
 from surgery.emission.checkpoint import write_small_files
-from surgery.emission.lock import LOCK, lock_bytes, make_lock
-from surgery.errors import DiskFull, OutputExists, RefusedInput, VerificationFailure
+from surgery.emission.lock import LOCK, lock_bytes, make_lock, portable_source
+from surgery.errors import DiskFull, InternalError, OutputExists, RefusedInput, UsageError, VerificationFailure
 from surgery.planning import FLOAT32_LIMIT, Draft, Plan, describe, make_plan, open_draft
 from surgery.progress import Progress, Report, silent
+from surgery.training.overlap import refuse_overlap
+from surgery.training.processes import leads, wait_for_all
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery.manifest import Manifest
+    from surgery.manifest import Calibration, Data, Manifest
     from surgery.operations.base import Statistics, Step
     from surgery.verification import Verification
 
@@ -48,7 +53,7 @@ _OURS = (".lock", "journal.jsonl", "stages", "checkpoint")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. `verification` is None where the manifest says `verify: false`."""
+    """What a conversion did. `verification` is None where the manifest says `verify: false`, or another process led."""
 
     out: Path
     plan: Plan
@@ -60,17 +65,22 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything that the stages of one conversion share."""
+    """Everything that the stages of one conversion share. `journal` is None in a process that follows another."""
 
     manifest: Manifest
+    base: Checkpoint
+    teacher: Checkpoint
+    out: Path
     partial: Path
-    journal: Journal
+    fingerprint: str
+    journal: Journal | None
     workers: int
     link: bool
     device: str
     statistics: Path
     report: Report
     measured: dict[str, Statistics] = field(default_factory=dict)
+    trained: dict[str, Any] = field(default_factory=dict)
 
 
 def convert(
@@ -84,6 +94,7 @@ def convert(
     device: str = "cpu",
     workers: int | None = None,
     statistics: Path | None = None,
+    teacher: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     report: Report = silent,
@@ -96,82 +107,137 @@ def convert(
     link       hard-link files that do not change, instead of copying them
     workers    shards written at once (default: the cores, at most 4)
     statistics folder in which calibration results are kept for reuse
+    teacher    what training imitates, named like a base (default: the base itself)
 
     Raises the errors of `surgery.errors`; `out` appears complete and verified, or not at all.
     """
     started = time.monotonic()
     out = Path(out).absolute()
-    checkpoint = open_base(base, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    opened = _opener(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    checkpoint = opened(base)
+    taught_by = opened(teacher) if teacher is not None else checkpoint
     workers = workers or min(os.cpu_count() or 1, 4)
     plan = make_plan(checkpoint, manifest, workers=workers)
-    _check_place(checkpoint, out, overwrite=overwrite)
+    fingerprint = _fingerprint(checkpoint, taught_by, manifest, plan)
     partial = out.with_name(out.name + ".partial")
+    folder = statistics or Path.home() / ".cache" / "surgery" / "statistics"
+    run = _Run(
+        manifest, checkpoint, taught_by, out, partial, fingerprint, None, workers, link, device, folder, report
+    )  # fmt: skip
+    if not leads():
+        _run_stages(run)
+        wait_for_all(device, last=True)
+        return Conversion(out, plan, {}, None, time.monotonic() - started, 0)
+    _check_place(checkpoint, out, overwrite=overwrite)
     _check_disk(partial, plan)
+    _check_texts(manifest, plan)
     with environment_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
     with exclusive(partial):
-        journal = _open_journal(partial, _fingerprint(checkpoint, manifest, plan), resume=resume)
+        journal = _open_journal(partial, fingerprint, resume=resume)
         resumed = len(journal.finished)
-        folder = statistics or Path.home() / ".cache" / "surgery" / "statistics"
-        run = _Run(manifest, partial, journal, workers, link, device, folder, report)
+        run = replace(run, journal=journal)
         try:
-            plan, lock, verification = _run_stages(run, checkpoint, plan)
+            current, draft = _run_stages(run)
+            plan, lock, verification = _complete(run, plan, current, draft)
         except RefusedInput:
             shutil.rmtree(partial)  # what was found in the weights will be found again: nothing to resume
             raise
         _put_in_place(partial, out, overwrite=overwrite)
     shutil.rmtree(partial)
+    wait_for_all(device, last=True)
     if plan.code and "." in out.name:
         note = "transformers before 4.57 cannot load code from a local folder with a dot in its name; the Hub is fine"
         plan = replace(plan, notes=(*plan.notes, note))
     return Conversion(out, plan, lock, verification, time.monotonic() - started, resumed)
 
 
-def _run_stages(
-    run: _Run, checkpoint: Checkpoint, plan: Plan
-) -> tuple[Plan, dict[str, Any], Verification | None]:
-    current, draft = checkpoint, open_draft(checkpoint)
+def _opener(*, trust_remote_code: bool, allow_pickle: bool) -> Callable[[str], Checkpoint]:
+    return lambda name: open_base(name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+
+
+def _run_stages(run: _Run) -> tuple[Checkpoint, Draft]:
+    """Every operation in order; returns the last checkpoint that was written and the draft of what is left to write."""
+    current, draft = run.base, open_draft(run.base)
     edited = False
     for number, step in enumerate(run.manifest.steps):
         found: Statistics | None = None
-        if step.measures:
-            if edited:
-                folder = run.partial / "stages" / str(number)
-                _write(run, current, draft, folder, lay_out(current, draft.tensors, None))
-                current = open_checkpoint(folder, revision=checkpoint.revision, trust_remote_code=True)
-                draft, edited = open_draft(current), False
-            found = _measure(run, current, step)
-            run.measured[f"{number}.{step.operation.name}"] = found
+        if (step.measures or step.trains) and edited:
+            current = _intermediate(run, current, draft, number)
+            draft, edited = draft.onto(current), False
+        if step.measures and run.journal is not None:
+            found = run.measured[f"{number}.{step.operation.name}"] = _measure(run, current, step)
+        elif step.trains:
+            found = _train(run, current, draft, step, number)
         step.edit(draft, found)
         edited = True
-    final = run.partial / "checkpoint"
+    return current, draft
+
+
+def _intermediate(run: _Run, current: Checkpoint, draft: Draft, number: int) -> Checkpoint:
+    """Write the draft as a checkpoint of its own, for a stage that runs it."""
+    folder = run.partial / "stages" / str(number)
+    if run.journal is not None:
+        _write(run, run.journal, current, draft, folder, lay_out(current, draft.tensors, None))
+    wait_for_all(run.device)
+    return open_checkpoint(folder, revision=run.base.revision, trust_remote_code=True)
+
+
+def _complete(
+    run: _Run, plan: Plan, current: Checkpoint, draft: Draft
+) -> tuple[Plan, dict[str, Any], Verification | None]:
+    """Write what becomes OUT, verify it, and describe it in card and lock."""
+    checkpoint, final = run.base, run.partial / "checkpoint"
     if run.manifest.output.dtype != "keep":
         draft.cast(SAFETENSORS_NAMES[run.manifest.output.dtype])
     shards = lay_out(current, draft.tensors, run.manifest.output.shard_bytes)
     same = {shard.unchanged: shard.name for shard in shards if shard.unchanged and current is checkpoint}
     with _hashing(checkpoint, same) as hashes:
-        outputs = _write(run, current, draft, final, shards)
+        outputs = _write(run, _journal(run), current, draft, final, shards)
         inputs = hashes() | {name: outputs[copy] for name, copy in same.items()}
+    frozen = _frozen(current, draft, final) if run.trained else {}
     plan = _settled(run, checkpoint, current, plan, draft)
-    lock, verification = _finish(run, checkpoint, plan, draft, outputs, inputs)
+    lock, verification = _finish(run, checkpoint, plan, draft, outputs, inputs, frozen)
     return plan, lock, verification
+
+
+def _journal(run: _Run) -> Journal:
+    if run.journal is None:
+        raise InternalError(
+            "a process that follows would write", cause="only one may", remedy="report this as a defect"
+        )
+    return run.journal
+
+
+def _frozen(current: Checkpoint, draft: Draft, final: Path) -> dict[str, str]:
+    """Hashes of all tensors that nothing trained, compared before and after. Raises InternalError where one moved."""
+    kept = {name: value.info.name for name, value in draft.tensors.items() if isinstance(value, Stored)}
+    before = hash_tensors(current, kept.values())
+    after = hash_tensors(open_checkpoint(final, trust_remote_code=True), kept)
+    moved = [name for name, old in kept.items() if before[old] != after[name]]
+    if moved:
+        raise InternalError(
+            f"{moved[0]!r} changed although nothing trained it", cause="its bytes differ from those before training",
+            remedy="report this as a defect, with the manifest",
+        )  # fmt: skip
+    return after
 
 
 def _settled(run: _Run, base: Checkpoint, last: Checkpoint, plan: Plan, draft: Draft) -> Plan:
     """The plan with what measuring decided. After intermediate checkpoints the ledger stays that of the dry run."""
     if not plan.estimated:
-        return plan
+        return replace(plan, notes=tuple(draft.notes))
     known = describe(last, draft, run.manifest, plan.stages, estimated=False, workers=run.workers)
     if last is base:
         return known
     return replace(
         plan, estimated=False, parameters_after=known.parameters_after, bytes_written=known.bytes_written,
-        cache_bytes_after=known.cache_bytes_after, code=known.code, shards=known.shards,
+        cache_bytes_after=known.cache_bytes_after, code=known.code, shards=known.shards, notes=tuple(draft.notes),
     )  # fmt: skip
 
 
 def _write(
-    run: _Run, checkpoint: Checkpoint, draft: Draft, folder: Path, shards: tuple[Shard, ...]
+    run: _Run, journal: Journal, checkpoint: Checkpoint, draft: Draft, folder: Path, shards: tuple[Shard, ...]
 ) -> dict[str, Finished]:
     """Write one checkpoint folder: weights, index, config, code and what came with the base."""
     with environment_errors(folder):
@@ -185,7 +251,7 @@ def _write(
             run.report(Progress("write", min(counted[0], total), total, "B"))
 
     prefix = f"{folder.relative_to(run.partial)}/"
-    job = Job(checkpoint, folder, prefix, run.journal, run.workers, run.link, progress)
+    job = Job(checkpoint, folder, prefix, journal, run.workers, run.link, progress)
     outputs = write_shards(job, shards)
     index = index_bytes(shards)
     if index is not None:
@@ -205,8 +271,37 @@ def _measure(run: _Run, checkpoint: Checkpoint, step: Step) -> Statistics:
     )  # fmt: skip
 
 
+def _train(run: _Run, checkpoint: Checkpoint, draft: Draft, step: Step, number: int) -> Statistics:
+    """Train one step in every process; its curves go beside OUT."""
+    from surgery.operations.base import Training
+
+    if step.operation.train is None:
+        raise UsageError(
+            f"{step.operation.name} says that it trains but cannot", cause="its declaration lacks `train`",
+            remedy="report this to the operation's author",
+        )  # fmt: skip
+    name = f"{number}.{step.operation.name}"
+    wait_for_all(run.device)
+    found = step.operation.train(
+        Training(
+            student=checkpoint, teacher=run.teacher, model=draft.model, changes=frozenset(draft.changes),
+            data=run.manifest.data, folder=run.partial / "stages" / f"{number}-train", fingerprint=run.fingerprint,
+            device=run.device, record=run.out.with_name(f"{run.out.name}.{name}"), report=run.report,
+        ),
+        step.settings,
+    )  # fmt: skip
+    run.trained[name] = found.facts.get("record", {})
+    return found
+
+
 def _finish(
-    run: _Run, base: Checkpoint, plan: Plan, draft: Draft, outputs: dict[str, Finished], inputs: dict[str, Finished]
+    run: _Run,
+    base: Checkpoint,
+    plan: Plan,
+    draft: Draft,
+    outputs: dict[str, Finished],
+    inputs: dict[str, Finished],
+    frozen: Mapping[str, str],
 ) -> tuple[dict[str, Any], Verification | None]:
     """Verify, then write the card and the lock, which hold the verification's figures."""
     from surgery.emission.card import card_bytes
@@ -214,12 +309,23 @@ def _finish(
     folder = run.partial / "checkpoint"
     verification = _verify(run, base, plan, folder)
     lock = make_lock(base, run.manifest, plan, run.measured, inputs, verification)
+    if run.trained:
+        lock["training"] = {"teacher": _teacher_record(run), "stages": run.trained, "frozen": dict(frozen)}
     card = write_file(folder / "README.md", card_bytes(base, plan, draft, run.manifest, outputs, verification))
     outputs = {**outputs, card.file: card}
     lock["outputs"] = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(outputs.items())}
     write_file(folder / LOCK, lock_bytes(lock))
     sync_folder(folder)
     return lock, verification
+
+
+def _teacher_record(run: _Run) -> dict[str, Any] | str:
+    """The files of a teacher that is not the base."""
+    if run.teacher is run.base:
+        return "base"
+    with _hashing(run.teacher, ()) as hashes:
+        files = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(hashes().items())}
+    return {"source": portable_source(run.teacher), "revision": run.teacher.revision, "files": files}
 
 
 def _verify(run: _Run, base: Checkpoint, plan: Plan, folder: Path) -> Verification | None:
@@ -272,11 +378,13 @@ def _hashing(checkpoint: Checkpoint, unchanged: Collection[str]) -> Iterator[Cal
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fingerprint(checkpoint: Checkpoint, manifest: Manifest, plan: Plan) -> str:
-    """What must be equal for an interrupted run to go on: base, manifest, the text that is measured on, version."""
+def _fingerprint(checkpoint: Checkpoint, teacher: Checkpoint, manifest: Manifest, plan: Plan) -> str:
+    """What must be equal for an interrupted run to go on: base, manifest, the texts that are used, version."""
     parts = [__version__, manifest.sha256(), checkpoint.source, str(checkpoint.revision), checkpoint.fingerprint()]
     if plan.estimated:
-        parts.append(json.dumps(calibration_source(manifest.calibration), sort_keys=True))
+        parts.append(json.dumps(text_source(manifest.calibration), sort_keys=True))
+    if plan.trained_parameters:
+        parts += [json.dumps(text_source(manifest.data), sort_keys=True), teacher.fingerprint()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -299,6 +407,21 @@ def _check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
             f"{out} was not written by surgery", cause=f"it has no {LOCK}, and nothing of others is deleted",
             remedy="move it away yourself, or choose another OUT",
         )  # fmt: skip
+
+
+def _check_texts(manifest: Manifest, plan: Plan) -> None:
+    """Refuse to judge a result on text that it was made from."""
+    if manifest.verify is None or manifest.verify.text is None:
+        return
+    used: dict[str, tuple[Any, Calibration | Data]] = {
+        "calibration": (plan.estimated, manifest.calibration),
+        "data": (plan.trained_parameters, manifest.data),
+    }
+    for name, (needed, section) in used.items():
+        ours = section.text == "builtin" == manifest.verify.text  # divided by construction
+        if needed and not ours and section.text != "self":
+            documents = (plain_text(document) for document in read_documents(section.text, section.field)[0])
+            refuse_overlap(documents, evaluation_text(manifest.verify.text), what=f"verify.text and {name}.text")
 
 
 def _check_disk(partial: Path, plan: Plan) -> None:

@@ -13,6 +13,7 @@
     │   ├── MissingPackage
     │   └── SourceUnavailable              the Hub or a file cannot be reached
     ├── VerificationFailure            5   the output is there but does not hold what was promised
+    │   └── TrainingDiverged               training left what it should approach; nothing is put in place
     └── InternalError                 70   a defect of surgery
 
 Each carries three single lines: what happened, why, and what to do next.
@@ -88,6 +89,10 @@ class VerificationFailure(SurgeryError):
     """The written checkpoint does not behave as the plan promised."""
 
     exit_code = 5
+
+
+class TrainingDiverged(VerificationFailure):
+    """A loss that is not finite, or grows instead of falling."""
 
 
 class InternalError(SurgeryError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from surgery.architectures import Architecture, Model, Rope, architectures
+from surgery.architectures import Architecture, Model, Rope, architectures, carries_own_code
 from surgery.checkpoint.dtypes import TORCH_NAMES, element_count
 from surgery.checkpoint.resolve import open_base
 from surgery.errors import RefusedInput, UnsupportedModel
@@ -111,6 +111,8 @@ def why_not(operation: Operation[Any], model: Model) -> str | None:
     needed = [name for name, field in operation.settings.model_fields.items() if field.is_required()]
     if needed:
         return f"it depends on settings without a default: {', '.join(needed)}"
+    if operation.reshapes and model.own_code:
+        return carries_own_code(model.config["model_type"]).problem
     try:
         return operation.refuses(model, operation.settings())
     except RefusedInput as error:

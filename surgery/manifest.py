@@ -36,7 +36,7 @@ from pydantic.json_schema import models_json_schema
 from surgery.document import CONSTANTS, Document, Keys, document_of, read_document
 from surgery.errors import UsageError
 from surgery.operations import operations as known_operations
-from surgery.operations.base import Operation, Step
+from surgery.operations.base import Count, Operation, Step
 from surgery.overrides import document_of_operations, override
 from surgery.sizes import parse_size
 from surgery.suggestions import did_you_mean
@@ -172,6 +172,24 @@ class Calibration(_Section):
     seed: int = Field(default=0, ge=0, lt=2**63, description="which windows are taken, and what `self` writes")
 
 
+class Data(_Section):
+    """The text that training stages learn from."""
+
+    text: Text = Field(
+        default="builtin", description="as in calibration.text; `self` is written by the base, the teacher"
+    )
+    field: str = Field(
+        default="text", min_length=1, description="the key that holds the text, or a list of chat messages"
+    )
+    length: int = Field(default=2048, ge=2, le=1_000_000, description="tokens in a window; texts are packed into them")
+    tokens: Count | None = Field(
+        default=None, description="tokens of text used at most, over and over (default: as many as are trained on)"
+    )
+    eos: bool = Field(default=True, description="end every text by the tokenizer's eos, as most models were trained")
+    heldout: float = Field(default=0.02, gt=0, le=0.5, description="share of the text that measures and never trains")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="which documents are held out, and what `self` writes")
+
+
 class Output(_Section):
     """How the result is stored."""
 
@@ -222,6 +240,7 @@ class _Format(_Section):
     )
     operations: list[Any] = Field(description="what is done, in order; an empty list copies the base")
     calibration: Calibration = Field(default=Calibration(), description="the data that measuring operations see")
+    data: Data = Field(default=Data(), description="the text that training stages learn from")
     output: Output = Field(default=Output(), description="how the result is stored")
     verify: Verify | bool = Field(default=True, description="what the result must hold; false verifies nothing")
 
@@ -233,6 +252,7 @@ class Manifest:
     steps: tuple[Step, ...] = ()
     base: str | None = None
     calibration: Calibration = field(default_factory=Calibration)
+    data: Data = field(default_factory=Data)
     output: Output = field(default_factory=Output)
     verify: Verify | None = field(default_factory=Verify)
 
@@ -241,6 +261,7 @@ class Manifest:
         sections = {
             "operations": [{step.operation.name: step.settings.model_dump(mode="json")} for step in self.steps],
             "calibration": self.calibration.model_dump(mode="json"),
+            "data": self.data.model_dump(mode="json"),
             "output": self.output.model_dump(mode="json"),
             "verify": self.verify.model_dump(mode="json") if self.verify else False,
         }
@@ -260,7 +281,7 @@ class Manifest:
             files = (replace(file, given=name) for file, name in zip(section.text, names, strict=True))
             return section.model_copy(update={"text": tuple(files)})
 
-        return replace(self, calibration=named(self.calibration), verify=named(self.verify))
+        return replace(self, calibration=named(self.calibration), data=named(self.data), verify=named(self.verify))
 
     def sha256(self) -> str:
         """A hash of the canonical form, equal for manifests that mean the same."""
@@ -320,7 +341,7 @@ def _manifest(document: Document, folder: Path) -> Manifest:
     steps = tuple(_step(document, ("operations", number), folder) for number in range(len(form.operations)))
     _check_order(document, steps)
     verify = form.verify if isinstance(form.verify, Verify) else Verify() if form.verify else None
-    return Manifest(steps, form.base, form.calibration, form.output, verify)
+    return Manifest(steps, form.base, form.calibration, form.data, form.output, verify)
 
 
 def _step(document: Document, keys: Keys, folder: Path) -> Step:

@@ -8,7 +8,7 @@ from typing import Any
 from surgery.document import Document, Keys, Place, parse_value
 from surgery.suggestions import did_you_mean
 
-SECTIONS = ("output", "calibration", "verify")
+SECTIONS = ("output", "calibration", "data", "verify")
 _BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 

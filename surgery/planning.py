@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.architectures import Architecture, Model, find_architecture
+from surgery.architectures import Architecture, Model, find_architecture, find_family
 from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES, element_count
 from surgery.checkpoint.expressions import Computed, Rewrite, Stored, Tensors, TensorSpec, Value, sources
 from surgery.checkpoint.layout import index_bytes, lay_out
@@ -55,7 +55,8 @@ class Draft:
     """A checkpoint in the making; the one mutable thing that operations see.
 
     `config` is the language model's config, nested in `root` for multimodal models (the same object otherwise).
-    `parts` are the runtime files that the result needs; none means that a stock class holds it.
+    `parts` are the runtime files that the result needs; none means that a stock class holds it. `changes` are the
+    groups of parameters that operations declared as theirs, `trained` the tensors that training adapts.
     """
 
     architecture: Architecture | None
@@ -65,6 +66,12 @@ class Draft:
     parts: list[RuntimePart] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    changes: set[str] = field(default_factory=set)
+    trained: set[str] = field(default_factory=set)
+
+    def onto(self, checkpoint: Checkpoint) -> Draft:
+        """The same draft once its tensors so far were written as `checkpoint`."""
+        return replace(self, tensors={name: Stored(info) for name, info in checkpoint.tensors.items()})
 
     @property
     def model(self) -> Model:
@@ -142,7 +149,7 @@ def open_draft(checkpoint: Checkpoint) -> Draft:
     """A draft that is the checkpoint itself."""
     root = copy.deepcopy(dict(checkpoint.config))
     try:
-        architecture: Architecture | None = find_architecture(root)
+        architecture: Architecture | None = find_family(root)
     except UnsupportedModel:
         architecture = None
     config = root
@@ -189,7 +196,7 @@ def ledger(checkpoint: Checkpoint, draft: Draft) -> tuple[LedgerEntry, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One link of the chain: `measure` runs the model on calibration text, `edit` streams tensors."""
+    """One link of the chain: `measure` runs the model on text, `train` adapts it, `edit` streams tensors."""
 
     kind: str
     title: str
@@ -218,6 +225,7 @@ class Plan:
     shards: tuple[str, ...]
     ledger: tuple[LedgerEntry, ...]
     side_files: Mapping[str, str]
+    trained_parameters: int
     notes: tuple[str, ...]
     estimated: bool
 
@@ -256,7 +264,8 @@ def describe(
     shards = lay_out(checkpoint, draft.tensors, manifest.output.shard_bytes)
     index = index_bytes(shards)
     written = sum(len(shard.header) + shard.data_bytes for shard in shards)
-    edits = sum(stage.kind == "edit" for stage in stages)
+    trained = sum(element_count(draft.spec(name).shape) for name in draft.trained)
+    edits, trains = (sum(stage.kind == kind for stage in stages) for kind in ("edit", "train"))
     dtype = storage_dtype(checkpoint)
     cache_dtype = str(draft.config.get("torch_dtype") or dtype).removeprefix("torch.")
     nested = draft.architecture.text_config if draft.architecture else None
@@ -271,10 +280,12 @@ def describe(
         parameters_after=sum(element_count(value.spec.shape) for value in draft.tensors.values()),
         bytes_read=_bytes_read(draft),
         bytes_written=written,
-        disk_needed=written * max(edits, 1) + SMALL_FILES_BYTES,
+        # A training stage keeps two states of weights and two moments in float32.
+        disk_needed=written * max(edits, 1) + 6 * 4 * trained * bool(trains) + SMALL_FILES_BYTES,
         peak_memory=max(
             _peak_memory(draft, workers),
             _measuring_memory(checkpoint, draft, manifest) if any(stage.kind == "measure" for stage in stages) else 0,
+            _training_memory(checkpoint, trained) if trains else 0,
         ),
         cache_dtype=cache_dtype,
         cache_bytes_before=cache_bytes_per_token(original, dtype),
@@ -283,6 +294,7 @@ def describe(
         shards=(*(shard.name for shard in shards), *((index[0],) if index else ())),
         ledger=ledger(checkpoint, draft),
         side_files={file.name: file.dropped for file in checkpoint.side_files},
+        trained_parameters=trained,
         notes=tuple(draft.notes),
         estimated=estimated,
     )
@@ -304,12 +316,13 @@ def _dry_run(draft: Draft, steps: Sequence[Step]) -> tuple[tuple[Stage, ...], bo
     estimated = False
     for step in steps:
         step.check(draft.model)
-        if step.measures:
+        if step.measures or step.trains:
             if pending:
                 stages.append(Stage("edit", "write the intermediate checkpoint", tuple(pending)))
                 pending = []
-            stages.append(Stage("measure", f"calibrate {step.operation.name}", (step.operation.name,)))
-            estimated = True
+            kind, verb = ("measure", "calibrate") if step.measures else ("train", "train by")
+            stages.append(Stage(kind, f"{verb} {step.operation.name}", (step.operation.name,)))
+            estimated = estimated or step.measures
         step.edit(draft, None)
         pending.append(step.operation.name)
     if pending or not stages:
@@ -334,3 +347,10 @@ def _measuring_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) 
     weights = whole if whole <= FLOAT32_LIMIT else checkpoint.tensor_bytes
     tokens = manifest.calibration.samples * manifest.calibration.length
     return INTERPRETER_BYTES + 2 * TORCH_BYTES + weights + 8 * tokens * draft.model.hidden_size * 4
+
+
+def _training_memory(checkpoint: Checkpoint, trained: int) -> int:
+    """Estimate for training: two models, and gradients and moments in float32; activations come on top."""
+    whole = checkpoint.parameter_count * 4
+    weights = whole if whole <= FLOAT32_LIMIT else checkpoint.tensor_bytes
+    return INTERPRETER_BYTES + 2 * TORCH_BYTES + 2 * weights + 4 * 4 * trained

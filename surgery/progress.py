@@ -9,12 +9,13 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` of a stage; `unit` is `B` for bytes or a word for things counted."""
+    """`done` of `total` of a stage; `unit` is `B` for bytes or a word for things counted; `detail` is a short line."""
 
     stage: str
     done: int
     total: int
     unit: str
+    detail: str = ""
 
 
 Report: TypeAlias = Callable[[Progress], None]

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.calibration.documents import calibration_source
+from surgery.calibration.documents import text_source
 from surgery.checkpoint.reader import Checkpoint, read_json
 from surgery.checkpoint.resolve import open_base
 from surgery.checkpoint.writer import hash_file
 from surgery.conversion import Conversion, convert
 from surgery.emission.lock import FORMAT, versions
 from surgery.errors import RefusedInput, UsageError, VerificationFailure
-from surgery.manifest import Manifest, manifest_from_dict
+from surgery.manifest import Calibration, Data, Manifest, manifest_from_dict
 from surgery.progress import Report, silent
 
 # The card and the lock also record versions and measured figures, which may differ where the weights do not.
@@ -31,6 +31,7 @@ class _Lock:
     statistics: Mapping[str, Any]
     outputs: Mapping[str, Any]
     versions: Mapping[str, Any]
+    training: Mapping[str, Any]
 
 
 def reproduce(
@@ -45,14 +46,16 @@ def reproduce(
     device: str = "cpu",
     workers: int | None = None,
     statistics: Path | None = None,
+    teacher: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     report: Report = silent,
 ) -> Conversion:
     """Repeat into `out` the conversion that `lock` (a surgery.lock.json) records, and compare every file.
 
-    base   where the base is on this machine; needed where it was a local folder
-    files  the folder in which the manifest's text files are
+    base     where the base is on this machine; needed where it was a local folder
+    files    the folder in which the manifest's text files are
+    teacher  what training imitated, where that was not the base
 
     The other arguments are those of `convert`. Raises RefusedInput naming the inputs that changed, before anything is
     written, and VerificationFailure naming the outputs that differ.
@@ -62,7 +65,11 @@ def reproduce(
     source = base or _source(recorded, path)
     checkpoint = open_base(source, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     manifest = manifest_from_dict(recorded.manifest, folder=files, name=path.name)
-    changed = [*_changed_inputs(checkpoint, recorded), *_changed_texts(manifest, recorded)]
+    changed = [
+        *_changed_inputs(checkpoint, recorded.base),
+        *_changed_texts(manifest, recorded),
+        *_changed_teacher(recorded, teacher, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle),
+    ]
     if changed:
         raise RefusedInput(
             f"{len(changed)} inputs are not what they were: {', '.join(changed[:6])}",
@@ -72,8 +79,8 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="surgery-statistics-") as fresh:
         done = convert(
             source, out, manifest, resume=resume, overwrite=overwrite, link=link, device=device, workers=workers,
-            statistics=statistics or Path(fresh), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-            report=report,
+            statistics=statistics or Path(fresh), teacher=teacher, trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle, report=report,
         )  # fmt: skip
     _compare(done, recorded)
     return done
@@ -85,12 +92,12 @@ def _read(path: Path) -> _Lock:
     found = read_json(path.parent, path.name)
     parts = ("base", "manifest", "statistics", "outputs", "versions")
     known = isinstance(found, dict) and found.get("lock") == FORMAT
-    if not known or not all(isinstance(found.get(part), dict) for part in parts):
+    if not known or not all(isinstance(part, dict) for part in (*map(found.get, parts), found.get("training", {}))):
         raise UsageError(
             f"{path.name} is not a lock of format {FORMAT}", cause=f"it must have {', '.join(parts)}",
             remedy="use the surgery.lock.json of a converted checkpoint",
         )  # fmt: skip
-    return _Lock(*(found[part] for part in parts))
+    return _Lock(**{part: found[part] for part in parts}, training=found.get("training", {}))
 
 
 def _source(recorded: _Lock, path: Path) -> str:
@@ -107,8 +114,22 @@ def _source(recorded: _Lock, path: Path) -> str:
     )  # fmt: skip
 
 
-def _changed_inputs(checkpoint: Checkpoint, recorded: _Lock) -> list[str]:
-    expected = recorded.base.get("files")
+def _changed_teacher(recorded: _Lock, teacher: str | None, *, trust_remote_code: bool, allow_pickle: bool) -> list[str]:
+    """What changed of a teacher that was not the base. Raises UsageError where it is not named."""
+    known = recorded.training.get("teacher")
+    if not isinstance(known, dict):
+        return []
+    if teacher is None:
+        raise UsageError(
+            f"training imitated {known.get('source')!r}, which is not named", cause="that was not the base",
+            remedy="say where it is: --teacher FOLDER",
+        )  # fmt: skip
+    found = open_base(teacher, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    return [f"{name} of the teacher" for name in _changed_inputs(found, known)]
+
+
+def _changed_inputs(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> list[str]:
+    expected = recorded.get("files")
     if not isinstance(expected, dict):
         return ["the lock's list of base files"]
     here = {"config.json", *checkpoint.shards, *(file.name for file in checkpoint.side_files if not file.dropped)}
@@ -118,12 +139,17 @@ def _changed_inputs(checkpoint: Checkpoint, recorded: _Lock) -> list[str]:
 
 
 def _changed_texts(manifest: Manifest, recorded: _Lock) -> list[str]:
-    """Whether the calibration text is the one that was measured on; only where something was measured."""
-    if not recorded.statistics:
-        return []
-    source = calibration_source(manifest.calibration)
-    differs = any(any(found.get(k) != v for k, v in source.items()) for found in recorded.statistics.values())
-    return ["the calibration text"] if differs else []
+    """Which texts are not those that were measured or trained on, where something was."""
+    stages = recorded.training.get("stages") or {}
+    used: dict[str, tuple[Calibration | Data, list[Mapping[str, Any]]]] = {
+        "the calibration text": (manifest.calibration, list(recorded.statistics.values())),
+        "the training text": (manifest.data, [stage.get("text", {}) for stage in stages.values()]),
+    }
+    return [
+        name
+        for name, (section, records) in used.items()
+        if records and any(found.get(k) != v for found in records for k, v in text_source(section).items())
+    ]
 
 
 def _compare(done: Conversion, recorded: _Lock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,11 +24,29 @@ class Setting:
 
 
 def settings_table(settings: type[BaseModel]) -> tuple[Setting, ...]:
-    """The settings in the order of their declaration."""
-    return tuple(
-        Setting(name, _bounded(field), _default(field), field.description or "")
-        for name, field in settings.model_fields.items()
-    )
+    """The settings in the order of their declaration; those of a section are named `section.setting`."""
+    return tuple(_rows(settings))
+
+
+def _rows(settings: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    for name, field in settings.model_fields.items():
+        section = _section(field.annotation)
+        kind, default = (_bounded(field), _default(field)) if section is None else ("section", _begins(field))
+        yield Setting(prefix + name, kind, default, field.description or "")
+        if section is not None:
+            yield from _rows(section, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that is a section, or one or none."""
+    kinds = [part for part in (get_args(annotation) or (annotation,)) if part is not type(None)]
+    found = kinds[0] if len(kinds) == 1 else None
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
+
+
+def _begins(field: FieldInfo) -> str:
+    """What a section is where nobody writes it."""
+    return "none" if field.get_default(call_default_factory=True) is None else "as below"
 
 
 def _default(field: FieldInfo) -> str:

@@ -14,7 +14,16 @@ from surgery.architectures.model import AttentionTensors, Model, Rope
 from surgery.errors import UnsupportedModel
 from surgery.suggestions import did_you_mean
 
-__all__ = ["Architecture", "AttentionTensors", "Model", "Rope", "architectures", "find_architecture"]
+__all__ = [
+    "Architecture",
+    "AttentionTensors",
+    "Model",
+    "Rope",
+    "architectures",
+    "carries_own_code",
+    "find_architecture",
+    "find_family",
+]
 
 
 @cache
@@ -32,13 +41,26 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
     if isinstance(found, str) and found in known:
         return known[found]
     if isinstance(config.get("surgery"), dict):
-        raise UnsupportedModel(
-            "this checkpoint was made by surgery and carries its own code",
-            cause=f"model_type {found!r} is no stock family any more, and operations work on stock families",
-            remedy="list all operations in one manifest and start from the original base",
-        )
+        raise carries_own_code(found)
     raise UnsupportedModel(
         f"no architecture describes model_type {found!r}{did_you_mean(str(found), known)}",
         cause=f"families known: {', '.join(sorted(known))}",
         remedy="use manifests/passthrough.yaml, or add a file to surgery/architectures/ as CONTRIBUTING.md says",
+    )
+
+
+def find_family(config: Mapping[str, Any]) -> Architecture:
+    """As `find_architecture`, but a checkpoint that carries our code has the family it was made from."""
+    ours = config.get("surgery")
+    base = ours.get("base_model_type") if isinstance(ours, dict) else None
+    known = architectures()
+    return known[base] if isinstance(base, str) and base in known else find_architecture(config)
+
+
+def carries_own_code(model_type: object) -> UnsupportedModel:
+    """The refusal of a checkpoint that surgery wrote, by an operation that would change its structure."""
+    return UnsupportedModel(
+        "this checkpoint was made by surgery and carries its own code",
+        cause=f"model_type {model_type!r} is no stock family any more, and operations work on stock families",
+        remedy="list all operations in one manifest and start from the original base",
     )

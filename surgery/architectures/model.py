@@ -55,6 +55,11 @@ class Model:
         return value
 
     @property
+    def own_code(self) -> bool:
+        """Whether this is a finished result of surgery that carries code of its own."""
+        return str(self.config.get("model_type")).startswith("surgery_")
+
+    @property
     def num_hidden_layers(self) -> int:
         """Decoder layers."""
         return self.size("num_hidden_layers")

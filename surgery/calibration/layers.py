@@ -44,39 +44,45 @@ def decoder_layers(network: Any) -> nn.ModuleList:
 
 
 def record_calls(network: Any, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """Hidden states [N, T, D] that enter the first layer, and how each layer is called."""
+    """Hidden states [N, T, D] that enter the first layer, and how each layer is called. No layer runs."""
+    _, keywords = enter(network, windows[:1])
+    calls = [LayerCall(layer, kept) for layer, kept in zip(decoder_layers(network), keywords, strict=True)]
+    return torch.cat([enter(network, batch)[0] for batch in windows.split(BATCH)]), calls
+
+
+def enter(network: Any, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """For tokens [N, T]: the hidden states that enter the first layer, and the keyword arguments of each layer."""
     layers = decoder_layers(network)
     keywords: list[dict[str, Any]] = [{} for _ in layers]
     entering: list[Tensor] = []
 
-    def recorder(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            keywords[index] = {k: v for k, v in named.items() if k != "hidden_states"}
+    def stand_in(index: int) -> Callable[..., tuple[Any]]:
+        def forward(hidden_states: Any, *_: Any, **named: Any) -> tuple[Any]:
+            keywords[index] = named
+            entering.append(hidden_states)
+            if index == len(layers) - 1:
+                raise _Entered
+            return (hidden_states,)  # releases differ in whether a layer returns a tuple; a stand-in takes either
 
-        return hook
+        return forward
 
-    def first(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        entering.append(positional[0] if positional else named["hidden_states"])
-        raise _Entered
-
-    handles = [layer.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    network(input_ids=windows[:1].to(input_device(network)), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    handle = layers[0].register_forward_pre_hook(first, with_kwargs=True)
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for index, layer in enumerate(layers):
+        layer.forward = stand_in(index)
     try:
-        for batch in windows.split(BATCH):
-            try:
-                network(input_ids=batch.to(input_device(network)), use_cache=False)
-            except _Entered:
-                continue
+        network(input_ids=tokens.to(input_device(network)), use_cache=False)
+    except _Entered:
+        pass
     finally:
-        handle.remove()
-    return torch.cat(entering), [LayerCall(layer, kept) for layer, kept in zip(layers, keywords, strict=True)]
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:  # a hook of accelerate stands there
+                layer.forward = forward
+    return entering[0], keywords
 
 
 class _Entered(Exception):
-    """Ends a forward pass once the first layer was reached."""
+    """Ends a forward pass once every layer was reached."""
 
 
 @contextmanager

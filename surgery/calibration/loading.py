@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from surgery.checkpoint.reader import Checkpoint
-from surgery.errors import EnvironmentFailure
+from surgery.errors import EnvironmentFailure, UsageError
 from surgery.planning import FLOAT32_LIMIT
 
 
@@ -21,23 +21,40 @@ def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = N
 
     `max_memory` is the bytes of weights that may be resident; None takes half of what the machine has free.
     """
-    from transformers import AutoModelForCausalLM, PretrainedConfig
-
     check_device(device)
     dtype = torch.float32 if checkpoint.parameter_count * 4 <= FLOAT32_LIMIT else "auto"
     needed = checkpoint.parameter_count * 4 if dtype == torch.float32 else checkpoint.tensor_bytes
     limit = max_memory if max_memory is not None else _free_memory() // 2
-    # The argument was renamed, with a warning, in the release in which configs got the attribute.
-    name = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
-    settings: dict[str, Any] = {name: dtype, "attn_implementation": "sdpa"}
-    settings["trust_remote_code"] = checkpoint.remote_code
+    settings: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="surgery-offload-") as folder:
         if device != "cpu":
             settings["device_map"] = {"": device}
         elif needed > limit:
             settings |= {"device_map": "auto", "max_memory": {"cpu": limit}, "offload_folder": folder}
-        model = AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), **settings)
-        yield model.eval()
+        yield causal_lm(checkpoint, dtype, **settings).eval()
+
+
+def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | str, **settings: Any) -> Any:
+    """The checkpoint as a transformers model under sdpa; `dtype` "auto" is the stored one."""
+    from transformers import AutoModelForCausalLM, PretrainedConfig
+
+    # The argument was renamed, with a warning, in the release in which configs got the attribute.
+    name = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
+    settings |= {name: dtype, "attn_implementation": "sdpa", "trust_remote_code": checkpoint.remote_code}
+    return AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), **settings)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint. Raises UsageError where there is none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(checkpoint.folder))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            "the base has no tokenizer that loads", cause=f"{type(error).__name__}: {error}",
+            remedy="set text: self in its section of the manifest, which needs none",
+        ) from error  # fmt: skip
 
 
 def check_device(device: str) -> None:

@@ -4,50 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from surgery.calibration.documents import calibration_source
-from surgery.calibration.loading import loaded_model
+from surgery.calibration.documents import text_source
+from surgery.calibration.loading import load_tokenizer, loaded_model
+from surgery.calibration.store import load_statistics, store_statistics
 from surgery.calibration.text import Windows, sampled_windows, text_windows
 from surgery.checkpoint.evaluate import load
 from surgery.checkpoint.reader import Checkpoint
-from surgery.checkpoint.writer import environment_errors
 from surgery.errors import UsageError
 from surgery.manifest import Calibration
 from surgery.operations.base import Measuring, Statistics, Step
 from surgery.planning import open_draft
 from surgery.progress import Progress, Report
 from surgery.version import __version__
-
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with safe_open(path, "pt") as file:
-            self._names = list(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self._path, "pt") as file:
-            found: Tensor = file.get_tensor(name)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def measure(
@@ -68,7 +41,7 @@ def measure(
     path = folder / f"{step.operation.name}-{key[:32]}.safetensors"
     if path.is_file():
         report(Progress(stage, 1, 1, "stored result"))
-        return _load(path, key)
+        return load_statistics(path)
     if step.operation.measure is None:
         raise UsageError(
             f"{step.operation.name} says that it measures but cannot", cause="its declaration lacks `measure`",
@@ -86,11 +59,11 @@ def measure(
         )  # fmt: skip
     provenance = {**windows.provenance, "tokens_sha256": windows.fingerprint}
     facts = {**found.facts, "provenance": provenance}
-    return _store(path, Statistics(found.tensors, facts, key))
+    return store_statistics(path, Statistics(found.tensors, facts, key))
 
 
 def _fingerprint(checkpoint: Checkpoint, step: Step, calibration: Calibration) -> str:
-    source = calibration_source(calibration)
+    source = text_source(calibration)
     facts = {
         "base": checkpoint.fingerprint(),
         "operation": step.operation.name,
@@ -110,29 +83,4 @@ def _windows(checkpoint: Checkpoint, calibration: Calibration, network: Any) -> 
     if calibration.text == "self":
         start = network.config.bos_token_id
         return sampled_windows(network, calibration, longest, start if isinstance(start, int) else 0)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.folder))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            "the base has no tokenizer that loads", cause=f"{type(error).__name__}: {error}",
-            remedy="set calibration: {text: self}, which needs none",
-        ) from error  # fmt: skip
-    return text_windows(calibration, tokenizer, longest)
-
-
-def _store(path: Path, found: Statistics) -> Statistics:
-    with environment_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
-        save_file(tensors, temporary, {"facts": json.dumps(found.facts), "fingerprint": found.fingerprint})
-        temporary.replace(path)
-    return _load(path, found.fingerprint)
-
-
-def _load(path: Path, fingerprint: str) -> Statistics:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    return Statistics(StoredTensors(path), json.loads(metadata["facts"]), fingerprint)
+    return text_windows(calibration, load_tokenizer(checkpoint), longest)

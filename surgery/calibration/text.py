@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from surgery.calibration.documents import read_documents
+from surgery.calibration.documents import Document, document_text, read_documents
 from surgery.calibration.layers import input_device
 from surgery.errors import CorruptCheckpoint, UsageError
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SPREAD = 4
 # Characters tokenized at once.
 PIECE = 1 << 18
+# Windows that a model writes at once.
+ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,32 @@ def text_windows(calibration: Calibration, tokenizer: Any, longest: int | None) 
     return Windows(tokens, {**provenance, "samples": len(tokens), "length": length, "seed": calibration.seed})
 
 
-def document_windows(documents: Iterable[str], tokenizer: Any, body: int, wanted: int) -> list[list[int]]:
+def document_windows(documents: Iterable[Document], tokenizer: Any, body: int, wanted: int) -> list[list[int]]:
     """Token windows of `body` tokens: document beginnings if there are `wanted` of them, else consecutive windows.
 
-    Reads a few times what is wanted and no more, so that a long text is sampled widely but never tokenized whole.
+    Reads a few times what is wanted and no more, so that a long text is sampled widely but never tokenized whole. What
+    a tokenizer puts before a text is in no window, also where the template of a chat writes it.
     """
     beginnings: list[list[int]] = []
     following: list[list[int]] = []
     for document in documents:
-        for first in range(0, len(document), PIECE):
-            ids = tokenizer(document[first : first + PIECE], add_special_tokens=False, verbose=False)["input_ids"]
-            rows = [ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]
-            beginnings += rows[: first == 0]
-            following += rows[first == 0 :]
+        written = [] if isinstance(document, str) else token_prefix(tokenizer)
+        for number, ids in enumerate(token_pieces(document_text(document, tokenizer), tokenizer)):
+            skipped = len(written) if number == 0 and ids[: len(written)] == written else 0
+            rows = [ids[at : at + body] for at in range(skipped, len(ids) - body + 1, body)]
+            beginnings += rows[: number == 0]
+            following += rows[number == 0 :]
             if len(following) >= SPREAD * wanted:
                 break
         if len(beginnings) >= SPREAD * wanted:
             break
     return beginnings if len(beginnings) >= wanted else beginnings + following
+
+
+def token_pieces(text: str, tokenizer: Any) -> Iterator[list[int]]:
+    """The tokens of a text, without any that the tokenizer would add, a bounded piece of the text at a time."""
+    for first in range(0, len(text), PIECE):
+        yield tokenizer(text[first : first + PIECE], add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def token_prefix(tokenizer: Any) -> list[int]:
@@ -90,16 +100,16 @@ def sampled_windows(model: Any, calibration: Calibration, longest: int | None, s
     """Windows that the base itself writes, token by token at temperature 1 from token `start`."""
     length = min(calibration.length, longest or calibration.length)
     generator = torch.Generator().manual_seed(calibration.seed)
-    rows: list[Tensor] = []
-    with torch.no_grad():
-        for first in range(0, calibration.samples, 32):
-            count = min(32, calibration.samples - first)
-            rows.append(_sample(model, torch.full((count, 1), start), length, generator))
+    counts = [min(ROWS, calibration.samples - first) for first in range(0, calibration.samples, ROWS)]
+    rows = [sampled_rows(model, start=start, count=count, length=length, generator=generator) for count in counts]
     provenance = {"text": "self", "samples": calibration.samples, "length": length, "seed": calibration.seed}
     return Windows(torch.cat(rows), provenance)
 
 
-def _sample(model: Any, tokens: Tensor, length: int, generator: torch.Generator) -> Tensor:
+@torch.no_grad()
+def sampled_rows(model: Any, *, start: int, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Tokens [count, length] that a model writes at temperature 1 from token `start`. Raises CorruptCheckpoint."""
+    tokens = torch.full((count, 1), start)
     cache, last = None, tokens
     while tokens.shape[1] < length:
         out = model(input_ids=last.to(input_device(model)), past_key_values=cache, use_cache=True)
@@ -107,7 +117,7 @@ def _sample(model: Any, tokens: Tensor, length: int, generator: torch.Generator)
         chances = out.logits[:, -1].float().softmax(-1).cpu()
         if not chances.isfinite().all():
             raise CorruptCheckpoint(
-                "the base gives no probabilities when it writes calibration text",
+                "the base gives no probabilities when it writes text",
                 cause="its logits are NaN or infinite", remedy="check that the base works",
             )  # fmt: skip
         last = torch.multinomial(chances, 1, generator=generator)

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from io import FileIO
@@ -106,6 +106,19 @@ def hash_file(path: Path) -> Finished:
         digest.update(block)
         size += len(block)
     return Finished(path.name, size, digest.hexdigest())
+
+
+def hash_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the stored bytes of each tensor."""
+    found: dict[str, str] = {}
+    for name in names:
+        info, digest = checkpoint.tensors[name], hashlib.sha256()
+        path = checkpoint.path(info.shard)
+        with reading_errors(path), path.open("rb", buffering=0) as file:
+            for block in _blocks(file.fileno(), info.offset, info.nbytes, info.shard):
+                digest.update(block)
+        found[name] = digest.hexdigest()
+    return found
 
 
 class environment_errors:  # noqa: N801 - reads as a statement: `with environment_errors(path):`

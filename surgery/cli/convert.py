@@ -10,7 +10,7 @@ import click
 from surgery.cli.options import ManifestChoice, base_options, choose_base, command, manifest_options, run_options
 from surgery.cli.output import Output
 from surgery.cli.plan import show_plan
-from surgery.cli.results import show_conversion
+from surgery.cli.results import run_conversion
 
 EXAMPLES = (
     "surgery convert builtin:llama OUT -o kv_latent:kv_ratio=0.75",
@@ -54,9 +54,7 @@ def _command(
         return show_plan(output, plan(base, checked, **safety))
     from surgery.conversion import convert
 
-    with output.progress() as report:
-        done = convert(base, Path(places[-1]), checked, report=report, **run)
-    return show_conversion(output, done)
+    return run_conversion(output, lambda report: convert(base, Path(places[-1]), checked, report=report, **run))
 
 
 command = _command

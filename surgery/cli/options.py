@@ -123,10 +123,11 @@ run_options = _stack(
                  help="Go on from an interrupted run of the same conversion."),
     click.option("--overwrite", is_flag=True, help="Replace an OUT that surgery wrote."),
     click.option("--link", is_flag=True, help="Hard-link files that do not change instead of copying them."),
-    click.option("--device", default="cpu", show_default=True, help="Where calibration runs."),
+    click.option("--device", default="cpu", show_default=True, help="Where calibration and training run."),
     click.option("--workers", type=click.IntRange(min=1), help="Files written at once [default: cores, at most 4]."),
     click.option("--statistics", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
                  help="Where calibration results are kept for reuse."),
+    click.option("--teacher", metavar="BASE", help="What training imitates [default: the base]."),
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 WIDTH_OF_FILES = 120
+SECONDS_OF_SILENCE = 30
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ def _bars() -> Iterator[Report]:
     tasks: dict[str, TaskID] = {}
     guard = Lock()
     console = Console(stderr=True)
-    name = TextColumn("{task.description}", markup=False)
+    name, detail = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[detail]}", markup=False)
     sized = Bars(name, BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console)
-    counted = Bars(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    counted = Bars(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), detail, console=console)
 
     def report(progress: Progress) -> None:
         with guard:
@@ -160,8 +162,9 @@ def _bars() -> Iterator[Report]:
             if progress.stage not in tasks:
                 other.stop()
                 bars.start()
-                tasks[progress.stage] = bars.add_task(progress.stage)
-            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total)
+                tasks[progress.stage] = bars.add_task(progress.stage, detail="")
+            at = tasks[progress.stage]
+            bars.update(at, completed=progress.done, total=progress.total, detail=progress.detail)
 
     try:
         yield report
@@ -171,13 +174,31 @@ def _bars() -> Iterator[Report]:
 
 
 def _stage_lines() -> Report:
-    seen: set[str] = set()
+    """A line when a stage begins; where it tells details, one now and then and at its end."""
+    began: dict[str, tuple[float, int]] = {}
+    told: dict[str, float] = {}
     guard = Lock()
 
     def report(progress: Progress) -> None:
+        now = time.monotonic()
         with guard:
-            if progress.stage not in seen:
-                seen.add(progress.stage)
+            if progress.stage not in began:
+                began[progress.stage] = now, progress.done
+                told[progress.stage] = now
                 click.echo(f"{progress.stage} ...", err=True)
+            silent_for = now - told[progress.stage]
+            if progress.detail and (progress.done == progress.total or silent_for >= SECONDS_OF_SILENCE):
+                told[progress.stage] = now
+                left = _remaining(progress, began[progress.stage], now)
+                click.echo(f"{progress.stage}: {progress.done}/{progress.total}, {progress.detail}{left}", err=True)
 
     return report
+
+
+def _remaining(progress: Progress, began: tuple[float, int], now: float) -> str:
+    """How long a stage will still take if it goes on as it did since `began` (time, and what was done then)."""
+    done, left = progress.done - began[1], progress.total - progress.done
+    if done <= 0 or left <= 0:
+        return ""
+    seconds = round((now - began[0]) / done * left)
+    return f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

@@ -9,7 +9,7 @@ import click
 
 from surgery.cli.options import base_options, command, run_options
 from surgery.cli.output import Output
-from surgery.cli.results import show_conversion
+from surgery.cli.results import run_conversion
 
 EXAMPLES = ("surgery reproduce OUT/surgery.lock.json AGAIN",)
 
@@ -29,9 +29,7 @@ def _command(output: Output, /, lock: Path, out: Path, **run: Any) -> int:
     """
     from surgery.reproduction import reproduce
 
-    with output.progress() as report:
-        done = reproduce(lock, out, report=report, **run)
-    return show_conversion(output, done)
+    return run_conversion(output, lambda report: reproduce(lock, out, report=report, **run))
 
 
 command = _command

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from surgery.cli.output import Human, Output, Table
 from surgery.errors import VerificationFailure
+from surgery.progress import Report, silent
 from surgery.sizes import human_size
 
 if TYPE_CHECKING:
@@ -14,6 +16,18 @@ if TYPE_CHECKING:
     from surgery.verification import Verification
 
 _MARKS = {"pass": "ok", "fail": "FAILS", "skip": "skipped"}
+
+
+def run_conversion(output: Output, run: Callable[[Report], Conversion]) -> int:
+    """Run a conversion with its progress and print what it did; of several processes only the first one speaks."""
+    from surgery.training.processes import leads
+
+    if not leads():
+        run(silent)
+        return 0
+    with output.progress() as report:
+        done = run(report)
+    return show_conversion(output, done)
 
 
 def show_conversion(output: Output, done: Conversion) -> int:

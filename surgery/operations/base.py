@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from surgery.architectures import Model
+from surgery.architectures import Model, carries_own_code
 from surgery.errors import UnsupportedModel
+from surgery.progress import Report
+from surgery.sizes import parse_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from surgery.checkpoint.reader import Checkpoint
+    from surgery.manifest import Data
     from surgery.planning import Draft
 
 
@@ -32,6 +37,20 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+Count: TypeAlias = Annotated[
+    int,
+    BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value),
+    Field(ge=1),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^[0-9]{1,15}(\.[0-9]{1,9})? ?[KMBT]?$"},
+            ]
+        }
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -60,8 +79,33 @@ class Measuring:
     progress: Callable[[int, int], None] = lambda done, of: None
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a training stage may use.
+
+    student      the checkpoint that is trained, as the stages before wrote it; `model` is its sizes and names
+    teacher      the base, which the student is to resemble
+    changes      groups of parameters that the operations before declared as theirs
+    data         the text; `calibration_text` and others were already held against it
+    folder       where state is kept, so that a killed stage goes on; it survives the process
+    fingerprint  equal for runs that may go on from each other's state
+    record       where loss curves go, without a suffix: `.json` and `.png` are added
+    """
+
+    student: Checkpoint
+    teacher: Checkpoint
+    model: Model
+    changes: frozenset[str]
+    data: Data
+    folder: Path
+    fingerprint: str
+    device: str
+    record: Path
+    report: Report
+
+
 def never(_settings: Any) -> bool:
-    """For operations that measure nothing."""
+    """For operations that measure nothing, or train nothing."""
     return False
 
 
@@ -77,8 +121,11 @@ class Operation(Generic[S]):
     edit        changes the draft; `statistics` is None while planning, and wherever `measures` is False
     measures    whether these settings need calibration
     measure     runs the model and returns statistics
+    trains      whether these settings need training
+    train       trains the result of the operations before and returns the changed tensors as statistics
+    changes     groups of parameters (see `surgery.training.groups`) that training after it should adapt
+    reshapes    whether it changes names, shapes or config; if not, it also takes checkpoints that carry our code
     after       operations it may follow in one manifest; `never_with` cannot be combined at all
-    lossless    whether the result computes exactly what the base computes, with these settings
     """
 
     name: str
@@ -89,6 +136,10 @@ class Operation(Generic[S]):
     edit: Callable[[Draft, S, Statistics | None], None]
     measures: Callable[[S], bool] = never
     measure: Callable[[Measuring, S], Statistics] | None = None
+    trains: Callable[[S], bool] = never
+    train: Callable[[Training, S], Statistics] | None = None
+    changes: frozenset[str] = field(default_factory=frozenset)
+    reshapes: bool = True
     after: frozenset[str] = field(default_factory=frozenset)
     before: frozenset[str] = field(default_factory=frozenset)
     never_with: frozenset[str] = field(default_factory=frozenset)
@@ -106,8 +157,15 @@ class Step:
         """Whether this step needs calibration."""
         return self.operation.measures(self.settings)
 
+    @property
+    def trains(self) -> bool:
+        """Whether this step needs training."""
+        return self.operation.trains(self.settings)
+
     def check(self, model: Model) -> None:
         """Raises UnsupportedModel where the operation does not fit."""
+        if self.operation.reshapes and model.own_code:
+            raise carries_own_code(model.config["model_type"])
         reason = self.operation.refuses(model, self.settings)
         if reason is not None:
             raise UnsupportedModel(
@@ -118,3 +176,4 @@ class Step:
     def edit(self, draft: Draft, statistics: Statistics | None) -> None:
         """Apply the operation to a draft."""
         self.operation.edit(draft, self.settings, statistics)
+        draft.changes.update(self.operation.changes)

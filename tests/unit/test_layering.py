@@ -22,7 +22,7 @@ LAYERS = [
     ["surgery.checkpoint", "surgery.architectures", "surgery.metrics", "surgery.builtin"],
     ["surgery.emission.code", "surgery.emission.config", "surgery.emission.lint", "surgery.emission.markdown"],
     ["surgery.planning"],
-    ["surgery.operations", "surgery.calibration", "surgery.emission"],
+    ["surgery.operations", "surgery.calibration", "surgery.emission", "surgery.training"],
     ["surgery.validation", "surgery.overrides", "surgery.manifest", "surgery.calibration.stage"],
     ["surgery.verification", "surgery.inspection"],
     ["surgery.conversion", "surgery.reproduction", "surgery.api"],

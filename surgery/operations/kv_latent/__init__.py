@@ -108,4 +108,6 @@ OPERATION = Operation(
     edit=edit,
     measures=lambda settings: settings.calibrated,
     measure=measure,
+    # The paper trains attention, and the MLP by low-rank factors; whole matrices and norms were better, and no dearer.
+    changes=frozenset({"attention", "mlp", "norms"}),
 )

@@ -1,0 +1,55 @@
+"""Statistics on disk: their tensors as safetensors, read one at a time, their facts as JSON in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from surgery.checkpoint.writer import environment_errors
+from surgery.operations.base import Statistics
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "pt") as file:
+            self._names = list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def store_statistics(path: Path, found: Statistics) -> Statistics:
+    """Write statistics to a file, whole or not at all; returns what reading it gives."""
+    with environment_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
+        save_file(tensors, temporary, {"facts": json.dumps(found.facts), "fingerprint": found.fingerprint})
+        temporary.replace(path)
+    return load_statistics(path)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """The statistics of a file that `store_statistics` wrote."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return Statistics(StoredTensors(path), json.loads(metadata["facts"]), metadata["fingerprint"])

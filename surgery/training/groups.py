@@ -1,0 +1,74 @@
+"""Which parameters are trained: groups by their role in the model, found by tensor name. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, TypeAlias, get_args
+
+from surgery.architectures import Model
+
+Group: TypeAlias = Literal["attention", "mlp", "router", "norms", "embeddings", "head", "all"]
+GROUPS: tuple[str, ...] = get_args(Group)
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Low-rank factors B [out, rank] and A [rank, in]: a matrix W becomes W + alpha / rank * B A."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Tensor names as stored: `full` ones are trained themselves, `lora` ones by factors that are merged at the end."""
+
+    full: tuple[str, ...]
+    lora: Mapping[str, Rank] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that training changes."""
+        return (*self.full, *self.lora)
+
+
+def select(model: Model, full: Collection[str], lora: Sequence[tuple[Rank, Collection[str]]] = ()) -> Selection:
+    """The tensors of `model` in the groups `full`, and the matrices of each entry of `lora` that are not among them."""
+    names = tuple(name for name in model.shapes if _in(model, name, full))
+    low: dict[str, Rank] = {}
+    for rank, groups in lora:
+        found = (n for n in model.shapes if n.endswith(".weight") and len(model.shapes[n]) == 2)
+        low |= {name: rank for name in found if _in(model, name, groups) and name not in names}
+    return Selection(names, low)
+
+
+def layer_names(model: Model, names: Collection[str], layer: int) -> Iterator[str]:
+    """Those of `names` that are inside decoder layer `layer`."""
+    prefix = model.architecture.layers.format(layer=layer) + "."
+    return (name for name in names if name.startswith(prefix))
+
+
+def group_of(model: Model, name: str) -> str:
+    """The group of one tensor. Biases belong where their projection does; norms inside attention are norms."""
+    module = name.rpartition(".")[0]
+    last = module.rpartition(".")[2]
+    if "norm" in last:
+        return "norms"
+    inside = _layer_pattern(model.architecture.layers).match(name)
+    if inside is None:
+        return "head" if module == "lm_head" else "embeddings"
+    if name.startswith(model.architecture.attention.prefix.format(layer=inside[1]) + "."):
+        return "attention"
+    return "router" if last in {"gate", "shared_expert_gate", "router"} else "mlp"
+
+
+def _in(model: Model, name: str, groups: Collection[str]) -> bool:
+    return bool(groups) and ("all" in groups or group_of(model, name) in groups)
+
+
+@lru_cache(maxsize=64)
+def _layer_pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{layer\}", r"(\d+)") + r"\.")
