@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.calibration.documents import evaluation_text, plain_text, read_documents, text_source
+from surgery.calibration.documents import Document, evaluation_text, plain_text, read_documents, text_source
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES
 from surgery.checkpoint.expressions import Stored
 from surgery.checkpoint.journal import Finished, Journal, exclusive, read_journal, start_journal, sync_folder
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from surgery.operations.base import Statistics, Step
     from surgery.verification import Verification
 
+# What is held against the evaluation text at most: some 40 million words, which take 20 seconds.
+OVERLAP_CHARACTERS = 200_000_000
 _OURS = (".lock", "journal.jsonl", "stages", "checkpoint")
 
 
@@ -128,7 +130,8 @@ def convert(
         _run_stages(run)
         wait_for_all(device, last=True)
         return Conversion(out, plan, {}, None, time.monotonic() - started, 0)
-    _check_place(checkpoint, out, overwrite=overwrite)
+    for read in (checkpoint, taught_by):
+        _check_place(read, out, overwrite=overwrite)
     _check_disk(partial, plan)
     _check_texts(manifest, plan)
     with environment_errors(partial):
@@ -188,6 +191,7 @@ def _complete(
 ) -> tuple[Plan, dict[str, Any], Verification | None]:
     """Write what becomes OUT, verify it, and describe it in card and lock."""
     checkpoint, final = run.base, run.partial / "checkpoint"
+    kept = [n for n, value in draft.tensors.items() if isinstance(value, Stored) and n not in draft.trained]
     if run.manifest.output.dtype != "keep":
         draft.cast(SAFETENSORS_NAMES[run.manifest.output.dtype])
     shards = lay_out(current, draft.tensors, run.manifest.output.shard_bytes)
@@ -195,7 +199,7 @@ def _complete(
     with _hashing(checkpoint, same) as hashes:
         outputs = _write(run, _journal(run), current, draft, final, shards)
         inputs = hashes() | {name: outputs[copy] for name, copy in same.items()}
-    frozen = _frozen(current, draft, final) if run.trained else {}
+    frozen = _frozen(current, kept, final, run.manifest.output.dtype) if run.trained else {}
     plan = _settled(run, checkpoint, current, plan, draft)
     lock, verification = _finish(run, checkpoint, plan, draft, outputs, inputs, frozen)
     return plan, lock, verification
@@ -209,12 +213,21 @@ def _journal(run: _Run) -> Journal:
     return run.journal
 
 
-def _frozen(current: Checkpoint, draft: Draft, final: Path) -> dict[str, str]:
-    """Hashes of all tensors that nothing trained, compared before and after. Raises InternalError where one moved."""
-    kept = {name: value.info.name for name, value in draft.tensors.items() if isinstance(value, Stored)}
-    before = hash_tensors(current, kept.values())
-    after = hash_tensors(open_checkpoint(final, trust_remote_code=True), kept)
-    moved = [name for name, old in kept.items() if before[old] != after[name]]
+def _frozen(current: Checkpoint, kept: Collection[str], final: Path, dtype: str) -> dict[str, str]:
+    """Hashes of the tensors that nothing trained or rewrote since training, as they are in the result.
+
+    Compared with what training was given; where the result has another type, with that rounded to it. Raises
+    InternalError where one moved.
+    """
+    from surgery.checkpoint.evaluate import is_rounding
+
+    result = open_checkpoint(final, trust_remote_code=True)
+    before, after = hash_tensors(current, kept), hash_tensors(result, kept)
+    moved = [
+        name
+        for name in kept
+        if before[name] != after[name] and (dtype == "keep" or not is_rounding(current, result, name))
+    ]
     if moved:
         raise InternalError(
             f"{moved[0]!r} changed although nothing trained it", cause="its bytes differ from those before training",
@@ -350,7 +363,10 @@ def _verify(run: _Run, base: Checkpoint, plan: Plan, folder: Path) -> Verificati
             text.write_text(evaluation_text(wanted.text), encoding="utf-8")
         small = base.parameter_count * 4 <= FLOAT32_LIMIT
         trial = Trial(text=text, device=run.device, dtype="float32" if small else "auto")
-        found = verify(folder, against=base.folder, trust_base_code=base.remote_code, promises=promises, trial=trial)
+        # What was trained is held against what it was to resemble; without a teacher of its own that is the base.
+        found = verify(
+            folder, against=run.teacher.folder, trust_base_code=run.teacher.remote_code, promises=promises, trial=trial
+        )  # fmt: skip
     if not found.passed:
         first = found.failures[0]
         raise VerificationFailure(
@@ -420,8 +436,19 @@ def _check_texts(manifest: Manifest, plan: Plan) -> None:
     for name, (needed, section) in used.items():
         ours = section.text == "builtin" == manifest.verify.text  # divided by construction
         if needed and not ours and section.text != "self":
-            documents = (plain_text(document) for document in read_documents(section.text, section.field)[0])
+            documents = _beginning(read_documents(section.text, section.field)[0])
             refuse_overlap(documents, evaluation_text(manifest.verify.text), what=f"verify.text and {name}.text")
+
+
+def _beginning(documents: Iterator[Document]) -> Iterator[str]:
+    """The words of the first documents; a data set may have no end that is worth waiting for."""
+    read = 0
+    for document in documents:
+        text = plain_text(document)
+        yield text
+        read += len(text)
+        if read >= OVERLAP_CHARACTERS:
+            return
 
 
 def _check_disk(partial: Path, plan: Plan) -> None:

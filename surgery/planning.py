@@ -56,7 +56,8 @@ class Draft:
 
     `config` is the language model's config, nested in `root` for multimodal models (the same object otherwise).
     `parts` are the runtime files that the result needs; none means that a stock class holds it. `changes` are the
-    groups of parameters that operations declared as theirs, `trained` the tensors that training adapts.
+    groups of parameters that operations declared as theirs, `trained` the tensors that training adapts, and
+    `scratch_bytes` what it keeps on disk meanwhile.
     """
 
     architecture: Architecture | None
@@ -68,6 +69,7 @@ class Draft:
     notes: list[str] = field(default_factory=list)
     changes: set[str] = field(default_factory=set)
     trained: set[str] = field(default_factory=set)
+    scratch_bytes: int = 0
 
     def onto(self, checkpoint: Checkpoint) -> Draft:
         """The same draft once its tensors so far were written as `checkpoint`."""
@@ -280,8 +282,7 @@ def describe(
         parameters_after=sum(element_count(value.spec.shape) for value in draft.tensors.values()),
         bytes_read=_bytes_read(draft),
         bytes_written=written,
-        # A training stage keeps two states of weights and two moments in float32.
-        disk_needed=written * max(edits, 1) + 6 * 4 * trained * bool(trains) + SMALL_FILES_BYTES,
+        disk_needed=written * max(edits, 1) + draft.scratch_bytes + SMALL_FILES_BYTES,
         peak_memory=max(
             _peak_memory(draft, workers),
             _measuring_memory(checkpoint, draft, manifest) if any(stage.kind == "measure" for stage in stages) else 0,

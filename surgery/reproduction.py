@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,26 @@ def _read(path: Path) -> _Lock:
     found = read_json(path.parent, path.name)
     parts = ("base", "manifest", "statistics", "outputs", "versions")
     known = isinstance(found, dict) and found.get("lock") == FORMAT
-    if not known or not all(isinstance(part, dict) for part in (*map(found.get, parts), found.get("training", {}))):
+    if not known or not _is_sound(found, parts):
         raise UsageError(
             f"{path.name} is not a lock of format {FORMAT}", cause=f"it must have {', '.join(parts)}",
             remedy="use the surgery.lock.json of a converted checkpoint",
         )  # fmt: skip
     return _Lock(**{part: found[part] for part in parts}, training=found.get("training", {}))
+
+
+def _is_sound(found: Mapping[str, Any], parts: Collection[str]) -> bool:
+    """Whether all that is looked into has the form of a lock; its words may still be anybody's."""
+    training = found.get("training", {})
+    if not isinstance(training, dict) or not all(isinstance(found.get(part), dict) for part in parts):
+        return False
+    stages = training.get("stages", {})
+    files = [part.get("files", {}) for part in (found["base"], training.get("teacher")) if isinstance(part, dict)]
+    if not isinstance(stages, dict) or not all(isinstance(part, dict) for part in files):
+        return False
+    texts = (stage.get("text", {}) if isinstance(stage, dict) else None for stage in stages.values())
+    entries = [*texts, *(entry for each in files for entry in each.values()), *found["statistics"].values()]
+    return all(isinstance(entry, dict) for entry in entries)
 
 
 def _source(recorded: _Lock, path: Path) -> str:
@@ -140,7 +154,7 @@ def _changed_inputs(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> list
 
 def _changed_texts(manifest: Manifest, recorded: _Lock) -> list[str]:
     """Which texts are not those that were measured or trained on, where something was."""
-    stages = recorded.training.get("stages") or {}
+    stages = recorded.training.get("stages", {})
     used: dict[str, tuple[Calibration | Data, list[Mapping[str, Any]]]] = {
         "the calibration text": (manifest.calibration, list(recorded.statistics.values())),
         "the training text": (manifest.data, [stage.get("text", {}) for stage in stages.values()]),

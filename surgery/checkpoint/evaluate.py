@@ -65,6 +65,12 @@ def _dtype(tensor: Tensor) -> str | None:
     return SAFETENSORS_NAMES.get(str(tensor.dtype).removeprefix("torch."))
 
 
+def is_rounding(before: Checkpoint, after: Checkpoint, name: str) -> bool:
+    """Whether a tensor is in `after` what it is in `before`, rounded to the type that it has there."""
+    wide, found = (load(checkpoint, checkpoint.tensors[name]) for checkpoint in (before, after))
+    return bool(torch.equal(wide.to(found.dtype), found))
+
+
 def to_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -78,6 +78,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
 def _sizes(plan: Plan) -> Iterator[tuple[str, str]]:
     about = " (estimated: widths wait for a measurement)" if plan.estimated else ""
     yield "parameters", f"{human_count(plan.parameters_before)} -> {human_count(plan.parameters_after)}{about}"
+    if plan.trained_parameters:
+        yield "trained", human_count(plan.trained_parameters)
     yield "KV cache", _cache(plan) + about
     yield "read", human_size(plan.bytes_read)
     yield "write", f"{human_size(plan.bytes_written)} in {len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"

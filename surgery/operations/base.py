@@ -144,6 +144,10 @@ class Operation(Generic[S]):
     before: frozenset[str] = field(default_factory=frozenset)
     never_with: frozenset[str] = field(default_factory=frozenset)
 
+    def __post_init__(self) -> None:
+        if self.measure is not None and self.train is not None:  # one process measures, every process trains
+            raise TypeError(f"operation {self.name!r} measures and trains; make two of it")
+
 
 @dataclass(frozen=True)
 class Step:

@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from surgery.architectures import Model
+from surgery.checkpoint.dtypes import element_count
 from surgery.checkpoint.expressions import Tensors
 from surgery.errors import InternalError
 from surgery.operations.base import Count, Operation, Settings, Statistics, Training
 from surgery.planning import Draft
 from surgery.sizes import human_count
-from surgery.training.groups import Group, Rank, Selection, select
+from surgery.training.groups import Group, LoraGroup, Rank, Selection, group_of, select
 
 
 class _Part(BaseModel):
@@ -32,7 +33,7 @@ class Layerwise(_Part):
     loss: Literal["hidden_mse"] = Field(
         default="hidden_mse", description="mean squared error of the layer's output to the teacher's"
     )
-    learning_rate: float = Field(default=1e-2, gt=0, description="peak rate, see scale_parameter")
+    learning_rate: float = Field(default=5e-3, gt=0, description="peak rate, see scale_parameter")
     buffer: Count = Field(
         default=2_000_000, description="tokens whose hidden states lie on disk at once; more are trained in rounds"
     )
@@ -51,7 +52,7 @@ class EndToEnd(_Part):
         default=1.0, gt=0, le=100, description="divides both sides' logits in the kl losses (paper: 10)"
     )
     learning_rate: float = Field(
-        default=1e-2, gt=0, description="peak rate, see scale_parameter (paper: 2e-5 next_token, 2e-7 kl)"
+        default=5e-3, gt=0, description="peak rate, see scale_parameter (paper: 2e-5 next_token, 2e-7 kl)"
     )
     hidden_weight: float = Field(
         default=1.0,
@@ -71,6 +72,8 @@ class EndToEnd(_Part):
     def _storable(self) -> EndToEnd:
         if self.teacher == "stored" and self.loss != "kl":
             raise ValueError("can have teacher: stored only with loss: kl, which is what the stored tokens give")
+        if self.teacher == "stored" and self.temperature != 1:
+            raise ValueError("can have teacher: stored only with temperature: 1, at which the tokens are kept")
         if self.teacher == "stored" and self.hidden_weight:
             raise ValueError("can have teacher: stored only with hidden_weight: 0, as no hidden states are stored")
         return self
@@ -81,7 +84,7 @@ class Lora(_Part):
 
     rank: int = Field(default=256, ge=1, description="width of the factors (paper: 256)")
     alpha: float = Field(default=512, gt=0, description="the factors' product is scaled by alpha / rank (paper: 512)")
-    on: Group | list[Group] = Field(default="mlp", description="groups whose matrices get factors")
+    on: LoraGroup | list[LoraGroup] = Field(default="mlp", description="groups whose matrices get factors")
 
     @property
     def groups(self) -> frozenset[str]:
@@ -115,6 +118,9 @@ _PAPER_STAGES = {
     "paper_kl": (250_000_000, 2e-7, 10.0),
     "kl": (250_000_000, 2e-7, 10.0),
 }
+
+
+DEFAULT = frozenset({"attention", "mlp", "norms"})  # where no operation before declared anything
 
 
 class HealSettings(Settings):
@@ -182,16 +188,23 @@ class HealSettings(Settings):
     def _something(self) -> HealSettings:
         if self.layerwise is None and self.end_to_end is None:
             raise ValueError("must have layerwise or end_to_end: without either nothing is trained")
+        if self.precision == "fp16" and self.optimizer == "muon":
+            raise ValueError(
+                "can have precision: fp16 only with optimizer: adamw, as two optimizers share no loss scale"
+            )
         return self
 
 
 def selection(model: Model, settings: HealSettings, changes: frozenset[str]) -> Selection:
     """The tensors that these settings train, where `changes` are the groups that earlier operations declared."""
     if settings.train is None:
-        return select(model, changes or frozenset({"attention", "mlp", "norms"}))
-    full = frozenset(entry for entry in settings.train if isinstance(entry, str))
-    lora = [(Rank(e.lora.rank, e.lora.alpha), e.lora.groups) for e in settings.train if isinstance(e, LoraEntry)]
-    return select(model, full, lora)
+        # Not the experts, which newer releases of transformers hold fused.
+        found = select(model, changes or DEFAULT).without(".experts.")
+    else:
+        full = frozenset(entry for entry in settings.train if isinstance(entry, str))
+        lora = [(Rank(e.lora.rank, e.lora.alpha), e.lora.groups) for e in settings.train if isinstance(e, LoraEntry)]
+        found = select(model, full, lora)
+    return found if settings.end_to_end is not None else found.inside_layers(model)
 
 
 def refuses(model: Model, settings: HealSettings) -> str | None:
@@ -200,6 +213,12 @@ def refuses(model: Model, settings: HealSettings) -> str | None:
         return "the base is quantized, and packed weights cannot be trained; heal first, quantize afterwards"
     if settings.train is not None and not selection(model, settings, frozenset()).names:
         return "no tensor of the model is in the groups that train names"
+    chosen = selection(model, settings, frozenset())
+    if settings.layerwise is not None and settings.train is not None and not chosen.inside_layers(model).names:
+        return "layerwise trains what is inside layers, and train names nothing there"
+    tied = model.config.get("tie_word_embeddings") and model.has("lm_head.weight")
+    if tied and any(group_of(model, name) in {"embeddings", "head"} for name in chosen.names):
+        return "it stores its tied embeddings twice, and training would make them differ; leave embeddings and head out"
     return None
 
 
@@ -209,8 +228,20 @@ def edit(draft: Draft, settings: HealSettings, statistics: Statistics | None) ->
     for name in chosen.names:
         draft.rewrite([name], {name: draft.spec(name)}, _trained(name, statistics), why="trained by heal")
     draft.trained.update(chosen.names)
+    draft.scratch_bytes += _disk(draft, settings, chosen)
     if statistics is not None:
         draft.notes.extend(statistics.facts["notes"])
+
+
+def _disk(draft: Draft, settings: HealSettings, chosen: Selection) -> int:
+    """Bound of what training keeps on disk: three states of weights and two moments, hidden states, the teacher."""
+    needed = 4 * 3 * 3 * sum(element_count(draft.spec(name).shape) for name in chosen.names)
+    if settings.layerwise is not None:
+        layer, width = settings.layerwise, draft.model.hidden_size
+        needed += 2 * 4 * width * min(layer.buffer, layer.tokens)
+    if settings.end_to_end is not None and settings.end_to_end.teacher == "stored":
+        needed += 8 * settings.end_to_end.top_k * settings.end_to_end.tokens
+    return needed
 
 
 def _trained(name: str, statistics: Statistics | None) -> Any:

@@ -31,7 +31,9 @@ def keep(path: Path, wanted: Callable[[Entry], bool]) -> list[Entry]:
     kept = [entry for entry in read(path) if wanted(entry)]
     if path.is_file():
         with environment_errors(path):
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            whole = path.with_suffix(".writing")
+            whole.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            whole.replace(path)
     return kept
 
 

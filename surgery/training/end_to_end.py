@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from surgery.calibration.loading import causal_lm
 from surgery.checkpoint.writer import environment_errors
-from surgery.errors import UnsupportedModel, UsageError
+from surgery.errors import EnvironmentFailure, UsageError
 from surgery.operations.heal import EndToEnd
 from surgery.progress import Progress
 from surgery.training import curves
@@ -36,6 +37,7 @@ KEPT_STATES = 2
 HELDOUT_WINDOWS = 32
 LOGGED = 10  # steps over which a recorded loss is averaged
 TRAINED = "trained.safetensors"
+KIND = "distributed_type"
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,6 @@ def _student(run: Run, earlier: Mapping[str, Tensor]) -> Any:
     checkpoint = run.training.student
     model = causal_lm(checkpoint, run.weights_dtype(checkpoint) or "auto")
     there = dict(model.named_parameters())
-    missing = [name for name in run.selection.names if name not in there]
-    if missing:
-        raise UnsupportedModel(
-            f"{missing[0]!r} and {len(missing) - 1} more tensors cannot be trained",
-            cause="this release of transformers holds them under other names (experts are fused)",
-            remedy="leave their group out of heal.train",
-        )  # fmt: skip
     with torch.no_grad():
         for name, tensor in earlier.items():
             there[name].copy_(tensor)
@@ -141,12 +136,15 @@ def _train(loop: _Loop) -> None:
     """All steps that are left."""
     run = loop.run
     done = _resume(loop)
-    losses = [entry["loss"] for entry in _history(loop, done) if "loss" in entry]
+    history = _history(loop, done)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     factor = rate_factor(run.settings, loop.steps)
     recent: list[Tensor] = []
     clock = _Clock(done)
-    if not done:
-        _record(loop, 0, heldout=True)
+    first = next((entry for entry in history if "heldout" in entry), None)
+    if first is None:
+        first = _heldout(loop)
+        _record(loop, 0, first)
     for step in range(done, loop.steps):
         set_rate(loop.optimizers, loop.settings.learning_rate * factor(step))
         recent.append(_step(loop, step))
@@ -157,7 +155,10 @@ def _train(loop: _Loop) -> None:
         recent = []
         judge(losses, f"step {step + 1}", _last_good(loop))
         speed = clock.speed(step + 1) * run.settings.batch_size * run.length
-        _record(loop, step + 1, loss=losses[-1], speed=speed, heldout=saves)
+        found = _heldout(loop) if saves else {}
+        if saves:  # before the weights are kept: the last update is in no training loss yet
+            judge([first["heldout"], found["heldout"]], f"step {step + 1}, on held-out text", _last_good(loop))
+        _record(loop, step + 1, {"loss": losses[-1], **found}, speed=speed)
         if saves:
             _save(loop, step + 1)
 
@@ -195,14 +196,17 @@ def _loss(loop: _Loop, side: str, windows: Tensor, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _heldout(loop: _Loop) -> dict[str, float]:
-    """Loss, divergence from the teacher and perplexity on held-out windows. Every process computes the same."""
+    """On held-out windows: divergence from the teacher in nats per token, perplexity, and the one that is trained for.
+
+    Every process computes the same.
+    """
     rows = torch.arange(min(len(loop.run.corpus.heldout), HELDOUT_WINDOWS))
     loop.model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for part in rows.split(loop.part):
         tokens = loop.run.corpus.heldout[part].long().to(loop.run.accelerator.device)
         answer = loop.model(input_ids=tokens, use_cache=False)
-        found = loop.teacher.compare("heldout", part, tokens, answer)[0], next_token(answer.logits, tokens)
+        found = loop.teacher.kl("heldout", part, tokens, answer.logits), next_token(answer.logits, tokens)
         sums += torch.stack(found).double().cpu() * len(part)
     loop.model.train()
     divergence, surprise = (sums / len(rows)).tolist()
@@ -210,11 +214,9 @@ def _heldout(loop: _Loop) -> dict[str, float]:
     return {"heldout": loss, "kl": divergence, "perplexity": math.exp(min(surprise, 700.0))}
 
 
-def _record(loop: _Loop, step: int, *, loss: float | None = None, speed: float = 0.0, heldout: bool = False) -> None:
+def _record(loop: _Loop, step: int, found: Mapping[str, float], *, speed: float = 0.0) -> None:
     """Write a line of the history, tell the trackers, and report."""
     run = loop.run
-    found: curves.Entry = {} if loss is None else {"loss": loss}
-    found |= _heldout(loop) if heldout else {}
     run.accelerator.log(found, step=step)
     if not run.main:
         return
@@ -247,8 +249,16 @@ def _save(loop: _Loop, step: int) -> None:
     if loop.run.main:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with environment_errors(loop.folder):
-        accelerator.save_state(str(temporary))
+    try:
+        with environment_errors(loop.folder):
+            accelerator.save_state(str(temporary))
+            if loop.run.main:
+                (temporary / KIND).write_text(str(accelerator.distributed_type), encoding="utf-8")
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise EnvironmentFailure(
+            f"the state of step {step} could not be saved", cause=f"{type(error).__name__}: {error}",
+            remedy="check the disk of OUT, then run the same command again",
+        ) from error  # fmt: skip
     accelerator.wait_for_everyone()
     if loop.run.main:
         with environment_errors(loop.folder):
@@ -264,6 +274,12 @@ def _resume(loop: _Loop) -> int:
     if not states:
         return 0
     step = max(states)
+    kind = (states[step] / KIND).read_text(encoding="utf-8")
+    if kind != str(loop.run.accelerator.distributed_type):
+        raise UsageError(
+            "training cannot go on under another kind of launch", cause=f"the state of step {step} was saved by {kind}",
+            remedy="launch it as before, or start anew with --no-resume",
+        )  # fmt: skip
     loop.run.accelerator.load_state(str(states[step]))
     return step
 

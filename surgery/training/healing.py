@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,10 +24,11 @@ from surgery.sizes import human_count
 from surgery.training import curves
 from surgery.training.data import Corpus, open_corpus, pack_corpus, write_self
 from surgery.training.end_to_end import end_to_end
-from surgery.training.groups import Selection
+from surgery.training.groups import Selection, require_parameters
+from surgery.training.layers import skeleton
 from surgery.training.layerwise import layerwise
 from surgery.training.processes import accelerator
-from surgery.training.run import Run
+from surgery.training.run import Run, judge
 
 
 def heal(training: Training, settings: HealSettings, selection: Selection) -> Statistics:
@@ -41,6 +45,7 @@ def heal(training: Training, settings: HealSettings, selection: Selection) -> St
     check_device(training.device)
     curves.require_plots()
     _check_pair(training, settings)
+    require_parameters(selection.names, dict(skeleton(training.student).named_parameters()))
     if settings.tracker:
         made.init_trackers("surgery", config={"operation": "heal", **_flat(settings.model_dump(mode="json"))})
     corpus = _corpus(training, settings, made)
@@ -57,10 +62,11 @@ def heal(training: Training, settings: HealSettings, selection: Selection) -> St
     return found
 
 
-def _conclude(run: Run, tensors: Mapping[str, Tensor], history: list[curves.Entry]) -> Statistics:
+def _conclude(run: Run, tensors: dict[str, Tensor], history: list[curves.Entry]) -> Statistics:
     """Round to the stored types, draw the curves, and say what was done."""
     training, settings = run.training, run.settings
-    stored = {name: _as_stored(training.student, name, tensor) for name, tensor in tensors.items()}
+    # Taken out one by one, so that memory never holds all of them in both types.
+    stored = {name: _as_stored(training.student, name, tensors.pop(name)) for name in list(tensors)}
     changed = sum(tensor.numel() for tensor in stored.values())
     on = run.corpus.provenance
     amounts = {
@@ -79,18 +85,22 @@ def _conclude(run: Run, tensors: Mapping[str, Tensor], history: list[curves.Entr
     notes = [f"healed {human_count(changed)} parameters on {words}, of {_text_name(on)}"]
     if heldout:
         first, last = heldout[0], heldout[-1]
+        known = "at least " if settings.end_to_end is not None and settings.end_to_end.teacher == "stored" else ""
         notes.append(
-            f"on held-out text KL to the base went from {first['kl']:.4g} to {last['kl']:.4g} nats per token, "
+            f"on held-out text KL to the base went from {known} {first['kl']:.4g} to {last['kl']:.4g} nats per token, "
             f"perplexity from {first['perplexity']:.4g} to {last['perplexity']:.4g}"
         )
     record = {
         "text": on, "tokens": amounts, "heldout": heldout, "trained": sorted(stored),
         "processes": int(run.accelerator.num_processes),
+        "versions": {package: version(package) for package in ("accelerate", "peft") if find_spec(package)},
     }  # fmt: skip
     return Statistics(stored, {"notes": notes, "record": record}, training.fingerprint)
 
 
 def _as_stored(student: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        judge([math.nan], f"the end, in {name!r}", "the states of training are kept in OUT.partial")
     return tensor.to(getattr(torch, TORCH_NAMES[student.tensors[name].dtype])).contiguous()
 
 
@@ -106,7 +116,8 @@ def _check_pair(training: Training, settings: HealSettings) -> None:
     """Whether the student can learn from this teacher at all."""
     student, teacher = training.student.config, training.teacher.config
     wanted = ["vocab_size"]
-    if settings.layerwise is not None:
+    end = settings.end_to_end
+    if settings.layerwise is not None or (end is not None and end.loss != "next_token" and end.hidden_weight):
         wanted += ["num_hidden_layers", "hidden_size"]
     for key in wanted:
         if student.get(key) != teacher.get(key):
@@ -147,8 +158,15 @@ def _write_corpus(training: Training, settings: HealSettings, folder: Any) -> No
             )  # fmt: skip
         return
     documents, source = read_documents(data.text, data.field)
+    tokenizer = load_tokenizer(training.teacher)
+    size = training.teacher.config.get("vocab_size")
+    if isinstance(size, int) and max(tokenizer.get_vocab().values(), default=0) >= size:
+        raise UsageError(
+            "the tokenizer has tokens that the model does not know", cause=f"the model has {size} rows of embeddings",
+            remedy="use the tokenizer that belongs to the base, or set data.text: self, which needs none",
+        )  # fmt: skip
     pack_corpus(
-        documents, load_tokenizer(training.teacher), folder=folder, length=length, tokens=tokens,
+        documents, tokenizer, folder=folder, length=length, tokens=tokens,
         heldout=data.heldout, seed=data.seed, eos=data.eos, source=source,
     )  # fmt: skip
 

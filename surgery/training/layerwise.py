@@ -9,6 +9,8 @@ Processes share the layers among themselves and do not communicate until the end
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from surgery.progress import Progress
 from surgery.training import curves
 from surgery.training.adapters import attach, is_factor, merged, stored_name
 from surgery.training.data import rows_of
+from surgery.training.files import mapped
 from surgery.training.groups import Rank, layer_names
 from surgery.training.layers import Keywords, Layers, opened_layers
 from surgery.training.losses import hidden_mse
@@ -161,10 +164,8 @@ class _Store:
         rank = int(stage.run.accelerator.process_index)
         files = tuple(stage.folder / f"hidden-{rank}-{side}.bin" for side in "ab")
         shape = (windows, stage.run.length, stage.run.training.model.hidden_size)
-        size, dtype = shape[0] * shape[1] * shape[2], stage.teacher.dtype
-        with environment_errors(files[0]):
-            held = [torch.from_file(str(f), shared=True, size=size, dtype=dtype).view(shape) for f in files]
-        return cls(held[0], held[1], (files[0], files[1]))
+        inputs, outputs = (mapped(file, shape, stage.teacher.dtype) for file in files)
+        return cls(inputs, outputs, (files[0], files[1]))
 
     def turned(self) -> _Store:
         """What left this layer enters the next."""
@@ -190,6 +191,7 @@ def _train_layer(stage: _Stage, part: _Round, layer: int, store: _Store) -> None
     place = {int(row): at for at, row in enumerate(part.rows)}
     harmless = HARMLESS_SHARE * float(store.outputs[: stage.part].float().square().mean())
     recent: list[Tensor] = []
+    started = time.monotonic()
     for step in range(part.first, part.last):
         set_rate(chosen, rate * factor(step))
         rows = rows_of(len(run.corpus.train), step=step, batch_size=size, seed=settings.seed)
@@ -201,8 +203,12 @@ def _train_layer(stage: _Stage, part: _Round, layer: int, store: _Store) -> None
             judge(losses, f"step {step + 1} of layer {layer}", f"finished layers are kept in {stage.folder}", harmless)
             entry = {"stage": "layerwise", "layer": layer, "step": step + 1, "tokens": (step + 1) * size * run.length}
             curves.append(stage.history(layer), {**entry, "loss": losses[-1]})
-            told = Progress(f"heal layer {layer}", step + 1, stage.steps, "steps", f"loss {losses[-1]:.4g}")
-            run.training.report(told)
+            speed = (step + 1 - part.first) * size * run.length / (time.monotonic() - started)
+            detail = f"loss {losses[-1]:.4g}, {speed:,.0f} tokens/s"
+            run.training.report(Progress(f"heal layer {layer}", step + 1, stage.steps, "steps", detail))
+            run.accelerator.log({f"layer {layer} loss": losses[-1]}, step=step + 1)
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters.values()):
+        judge([*losses, math.nan], f"the last step of layer {layer}", f"finished layers are kept in {stage.folder}")
     _save(stage.state(layer), parameters, chosen, part.last)
 
 
@@ -254,7 +260,7 @@ def _save(path: Path, parameters: Mapping[str, nn.Parameter], chosen: Optimizers
     tensors = {f"weight/{name}": parameter.data.cpu() for name, parameter in parameters.items()}
     kept = {parameter: state for one in chosen for parameter, state in one.state.items()}
     for name, parameter in parameters.items():
-        tensors |= {f"state/{key}/{name}": value.cpu() for key, value in kept[parameter].items()}
+        tensors |= {f"state/{key}/{name}": value.cpu() for key, value in kept.get(parameter, {}).items()}
     temporary = path.with_suffix(".writing")
     with environment_errors(path):
         save_file(tensors, temporary, {"step": str(step)})

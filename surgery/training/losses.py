@@ -26,14 +26,12 @@ def paper_kl(teacher: Tensor, student: Tensor, temperature: float = 10.0) -> Ten
     return _summed(_divergence, (teacher, student), temperature) / len(teacher)
 
 
-def stored_kl(log_probabilities: Tensor, tokens: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """As `kl`, against the teacher's k most likely tokens [..., k] and one bucket for all the others.
+def stored_kl(log_probabilities: Tensor, tokens: Tensor, student: Tensor) -> Tensor:
+    """As `kl` at temperature 1, against the teacher's k most likely tokens [..., k] and one bucket for all the others.
 
-    Merging outcomes can only lower a divergence, so this is a lower bound of `kl`. `log_probabilities` were taken at
-    the same temperature.
+    Merging outcomes can only lower a divergence, so this is a lower bound of `kl`.
     """
-    parts = (log_probabilities, tokens, student)
-    return _summed(_bucketed, parts, temperature) * (temperature**2 / tokens[..., 0].numel())
+    return _summed(_bucketed, (log_probabilities, tokens, student), 1.0) / tokens[..., 0].numel()
 
 
 def next_token(student: Tensor, tokens: Tensor) -> Tensor:
@@ -53,9 +51,9 @@ def relative_errors(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Ten
     return torch.stack(errors).mean()
 
 
-def top_log_probabilities(logits: Tensor, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def top_log_probabilities(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` most likely tokens of logits [..., V] and their log-probabilities, each [..., count]."""
-    found = (logits.float() / temperature).log_softmax(-1).topk(min(count, logits.shape[-1]), -1)
+    found = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]), -1)
     return found.values, found.indices
 
 

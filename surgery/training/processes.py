@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import EnvironmentFailure
+from surgery.errors import EnvironmentFailure, MissingPackage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,12 +56,16 @@ def accelerator(settings: HealSettings, device: str, logs: Path) -> Any:
             "precision fp16 needs a GPU", cause="the processor computes it slowly and without loss scaling",
             remedy="set heal.precision to bf16 or fp32, or pass --device cuda",
         )  # fmt: skip
+    if settings.tracker and find_spec(settings.tracker) is None:
+        raise MissingPackage(
+            f"heal.tracker is {settings.tracker}, which is not installed", cause="accelerate would log nowhere",
+            remedy=f"pip install {settings.tracker}, or leave the tracker out",
+        )  # fmt: skip
     if several():
         PartialState(**_group(device))
     precision = "no" if settings.precision == "fp32" else settings.precision
-    # Accelerate keeps one state for the whole process, and a second stage may want another precision.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:  # noqa: SLF001
-        AcceleratorState._reset_state(reset_partial_state=False)  # noqa: SLF001
+    # Accelerate keeps one state for the whole process, and a second stage may want another precision or device.
+    AcceleratorState._reset_state(reset_partial_state=not several())  # noqa: SLF001
     made = Accelerator(
         cpu=device == "cpu" and not _deepspeed(),
         mixed_precision=precision,

@@ -135,12 +135,12 @@ def judge(losses: Sequence[float], where: str, last_good: str, harmless: float =
     """Raise TrainingDiverged where the newest of `losses` is not finite, or the recent ones are far above the first."""
     newest, first = losses[-1], losses[0]
     recent = sum(losses[-RECENT:]) / len(losses[-RECENT:])
-    if math.isfinite(newest) and (recent <= max(DIVERGED * first, harmless) or len(losses) <= RECENT):
+    if math.isfinite(newest) and recent <= max(DIVERGED * first, harmless):
         return
     found = f"the loss went from {first:.4g} to {recent:.4g}" if math.isfinite(newest) else f"the loss is {newest}"
     raise TrainingDiverged(
         f"training diverged at {where}: {found}", cause="the steps are too large for this model, data or precision",
-        remedy=f"lower learning_rate (a third is a good try) or raise warmup_ratio; {last_good}",
+        remedy=f"lower learning_rate (a third is a good try), which starts anew, or raise warmup_ratio; {last_good}",
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,19 @@ from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery.checkpoint.resolve import open_base
-from surgery.errors import SurgeryError, TrainingDiverged, UnsupportedModel, UsageError
+from surgery.errors import (
+    DiskFull,
+    EnvironmentFailure,
+    MissingPackage,
+    OutputExists,
+    SurgeryError,
+    TrainingDiverged,
+    UnsupportedModel,
+    UsageError,
+)
 from surgery.manifest import Manifest
 from surgery.progress import Progress
+from surgery.training import end_to_end, processes
 from surgery.training.layers import opened_layers
 from tests.tiny import FAMILIES, MOE_FAMILIES, write_tiny
 
@@ -241,8 +252,6 @@ def test_mixed_precision_trains_in_float32_and_stores_the_base_s_type(tmp_path: 
 
 def test_lora_is_merged_exactly(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result's logits are those of the model with its factors still beside their matrices."""
-    from surgery.training import end_to_end
-
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(2))
     seen: list[torch.Tensor] = []
     gathered = end_to_end._gathered
@@ -298,12 +307,44 @@ def test_streamed_layers_compute_what_the_model_computes(tmp_path: Path, family:
         assert torch.allclose(expected[2], whole.model.norm(states[2]), atol=1e-5)
 
 
-def test_experts_that_are_fused_in_memory_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["layerwise", "end_to_end"])
+@pytest.mark.parametrize("train", ["mlp", {"lora": {"rank": 2, "alpha": 2, "on": "mlp"}}])
+def test_experts_that_are_fused_in_memory_are_refused(tmp_path: Path, stage: str, train: Any) -> None:
     base = write_tiny(tmp_path / "base", "mixtral")
     with pytest.raises(UnsupportedModel, match="cannot be trained"):
-        healed(base, tmp_path / "out", STRIDE, {**BOTH, "layerwise": None, "train": ["mlp"]})
+        healed(base, tmp_path / "out", STRIDE, {"layerwise": None, "end_to_end": None, stage: SMALL, "train": [train]})
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_layerwise_stage_needs_something_inside_layers(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="heal does not fit"):
+        healed(base, tmp_path / "out", STRIDE, {**BOTH, "train": ["head"]})
+
+
+def test_what_the_machine_lacks_is_told_before_anything_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EnvironmentFailure, match="fp16"):
+        healed(base, tmp_path / "out", STRIDE, {**BOTH, "precision": "fp16", "optimizer": "adamw"})
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="wandb"):
+        healed(base, tmp_path / "out", STRIDE, {**BOTH, "tracker": "wandb"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_gets_what_was_recorded(base: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    healed(base, tmp_path / "out", STRIDE, {**BOTH, "layerwise": None, "tracker": "tensorboard"})
+    (events,) = (tmp_path / "out.1.heal.logs/surgery").glob("events.out.tfevents*")
+    found = EventAccumulator(str(events)).Reload()
+    history = json.loads((tmp_path / "out.1.heal.json").read_text())["history"]
+    for key in ("loss", "kl", "perplexity"):
+        logged = [(event.step, event.value) for event in found.Scalars(key)]
+        expected = [(entry["step"], entry[key]) for entry in history if key in entry]
+        assert [step for step, _ in logged] == [step for step, _ in expected]
+        assert [value for _, value in logged] == pytest.approx([value for _, value in expected])
 
 
 def test_a_rate_that_is_far_too_high_stops_with_exit_5(base: Path, tmp_path: Path) -> None:
@@ -312,10 +353,122 @@ def test_a_rate_that_is_far_too_high_stops_with_exit_5(base: Path, tmp_path: Pat
         healed(base, tmp_path / "out", STRIDE, {**BOTH, "layerwise": None, "end_to_end": stage, "save_steps": 2})
     assert caught.value.exit_code == 5
     assert "learning_rate" in caught.value.remedy
+    assert "no state was saved before it" in caught.value.remedy
     assert not (tmp_path / "out").exists()
-    named = Path(caught.value.remedy.rpartition(" ")[2])
-    assert (named / "trained.safetensors").is_file()
-    assert all(tensor.isfinite().all() for tensor in load_file(named / "trained.safetensors").values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update of the eighth step ruins a weight; no training loss has seen it when the state would be saved."""
+    step = end_to_end._step
+
+    def ruined(loop: Any, number: int) -> torch.Tensor:
+        loss = step(loop, number)
+        if number == 7:
+            next(p for p in loop.model.parameters() if p.requires_grad).data[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(end_to_end, "_step", ruined)
+    with pytest.raises(TrainingDiverged, match="step 8, on held-out text") as caught:
+        healed(base, tmp_path / "out", STRIDE, {**BOTH, "layerwise": None})
+    assert caught.value.remedy.endswith("state-4")
+    states = tmp_path / "out.partial/stages/1-train/end_to_end"
+    assert [path.name for path in states.glob("state-*")] == ["state-4"]
+    assert all(tensor.isfinite().all() for tensor in load_file(states / "state-4/trained.safetensors").values())
+
+
+def test_a_loss_that_grows_in_few_steps_is_not_taken(base: Path, tmp_path: Path) -> None:
+    stage = {"tokens": 2048, "learning_rate": 3.0}
+    with pytest.raises(TrainingDiverged, match="diverged"):
+        healed(base, tmp_path / "out", STRIDE, {**BOTH, "layerwise": None, "end_to_end": stage})
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_healings_in_one_manifest(base: Path, tmp_path: Path) -> None:
+    """Each trains its own; what neither trains is frozen, and the lock names nothing else."""
+    first, second = ({**BOTH, "layerwise": None, "train": [group]} for group in ("attention", "mlp"))
+    wanted = manifest(STRIDE, {"heal": first}, {"heal": second})
+    out = surgery.convert(str(base), tmp_path / "out", wanted).out
+    before = tensors(surgery.convert(str(base), tmp_path / "plain", manifest(STRIDE)).out)
+    after = tensors(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".self_attn." in name or ".mlp." in name}
+    lock = json.loads((out / "surgery.lock.json").read_text())["training"]
+    assert lock["frozen"].keys() == before.keys() - changed
+    assert set(lock["stages"]) == {"1.heal", "2.heal"}
+
+
+def test_what_is_frozen_is_proved_where_the_result_has_another_type(base: Path, tmp_path: Path) -> None:
+    wanted = manifest(STRIDE, {"heal": {**BOTH, "layerwise": None}}, output={"dtype": "bfloat16"})
+    out = surgery.convert(str(base), tmp_path / "out", wanted).out
+    before = tensors(surgery.convert(str(base), tmp_path / "plain", manifest(STRIDE)).out)
+    frozen = json.loads((out / "surgery.lock.json").read_text())["training"]["frozen"]
+    assert frozen == {name: sha256(before[name].bfloat16()) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+
+
+def test_tied_embeddings_train_as_one(tmp_path: Path) -> None:
+    base = write_tiny(tmp_path / "base", "llama", tie_word_embeddings=True)
+    out = healed(base, tmp_path / "out", STRIDE, {**BOTH, "layerwise": None, "train": ["all"]})
+    assert "lm_head.weight" not in tensors(out)
+    assert not torch.equal(tensors(out)["model.embed_tokens.weight"], tensors(base)["model.embed_tokens.weight"])
+    twice = write_tiny(tmp_path / "twice", "llama")
+    config = json.loads((twice / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (twice / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="heal does not fit"):
+        healed(twice, tmp_path / "no", STRIDE, {**BOTH, "layerwise": None, "train": ["embeddings"]})
+
+
+def test_the_divergence_that_is_told_does_not_depend_on_the_loss(base: Path, tmp_path: Path) -> None:
+    found = []
+    for loss in ("kl", "paper_kl", "next_token"):
+        stage = {"tokens": 128, "loss": loss, "temperature": 10.0 if loss == "paper_kl" else 1.0}
+        healed(base, tmp_path / loss, STRIDE, {**BOTH, "layerwise": None, "end_to_end": stage})
+        history = json.loads((tmp_path / f"{loss}.1.heal.json").read_text())["history"]
+        found.append(history[0]["kl"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+def test_a_state_of_another_launch_is_not_taken_up(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        healed(base, tmp_path / "out", STRIDE, BOTH, report=interrupting("heal end to end", 10))
+    (state, *_) = (tmp_path / "out.partial/stages/1-train/end_to_end").glob("state-*/distributed_type")
+    state.write_text("DistributedType.FSDP")
+    for other in state.parent.parent.glob("state-*/distributed_type"):
+        other.write_text("DistributedType.FSDP")
+    with pytest.raises(UsageError, match="another kind of launch"):
+        healed(base, tmp_path / "out", STRIDE, BOTH)
+
+
+def test_the_teacher_is_never_written_over(base: Path, tmp_path: Path) -> None:
+    teacher = surgery.convert(str(base), tmp_path / "teacher", manifest()).out
+    with pytest.raises(OutputExists):
+        healed(base, teacher, STRIDE, BOTH, teacher=str(teacher), overwrite=True)
+    assert (teacher / "model.safetensors").is_file()
+
+
+def test_a_full_disk_is_told_before_states_are_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFull):
+        healed(base, tmp_path / "out", STRIDE, BOTH)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [[], {"stages": []}, {"stages": {"1.heal": 3}}, {"stages": {"1.heal": {"text": []}}}, {"teacher": {"files": {"a": 1}}}],
+    ids=str,
+)
+def test_a_lock_whose_training_is_no_record_is_refused(base: Path, tmp_path: Path, training: object) -> None:
+    out = surgery.convert(str(base), tmp_path / "out", manifest(STRIDE)).out
+    lock = json.loads((out / "surgery.lock.json").read_text()) | {"training": training}
+    (tmp_path / "lock.json").write_text(json.dumps(lock))
+    with pytest.raises(UsageError, match="not a lock"):
+        surgery.reproduce(tmp_path / "lock.json", tmp_path / "again", base=str(base))
 
 
 def test_text_that_judges_may_not_train(base: Path, tmp_path: Path) -> None:

@@ -230,14 +230,17 @@ def test_relative_errors_are_per_layer_over_the_teacher_s_variance():
 
 def test_a_loss_that_leaves_is_stopped_and_one_that_wobbles_is_not():
     judge([1.0, 0.5] * 20, "here", "")
-    judge([0.001] + [0.02] * 30, "here", "")  # all of it is harmless
+    judge([0.001, *[0.02] * 30], "here", "")  # all of it is harmless
     with pytest.raises(TrainingDiverged, match="nan") as caught:
         judge([1.0, float("nan")], "step 2", "the last good state is X")
     assert caught.value.exit_code == 5
     assert "learning_rate" in caught.value.remedy
     assert "the last good state is X" in caught.value.remedy
-    with pytest.raises(TrainingDiverged, match="from 1 to 4"):
-        judge([1.0] + [4.0] * 11, "step 12", "")
+    with pytest.raises(TrainingDiverged, match=r"from 1 to 3\.5"):
+        judge([1.0, *[3.5] * 11], "step 12", "")
+    with pytest.raises(TrainingDiverged):
+        judge([0.1, 0.9], "step 2", "")
+    judge([0.01, 0.04], "step 2", "")
 
 
 def test_a_batch_must_divide():
@@ -289,6 +292,9 @@ def test_what_is_trained_by_default_is_what_operations_declared():
         ({"learning_rate": 1}, "unknown key"),
         ({"end_to_end": {"teacher": "stored", "loss": "paper_kl"}}, "only with loss: kl"),
         ({"end_to_end": {"teacher": "stored"}}, "hidden_weight: 0"),
+        ({"end_to_end": {"teacher": "stored", "hidden_weight": 0, "temperature": 2}}, "temperature: 1"),
+        ({"precision": "fp16"}, "optimizer: adamw"),
+        ({"train": [{"lora": {"on": "embeddings"}}]}, "'mlp'"),
     ],
 )
 def test_wrong_settings_are_told(settings, words):
