@@ -257,11 +257,14 @@ class Manifest:
     verify: Verify | None = field(default_factory=Verify)
 
     def to_json(self) -> dict[str, Any]:
-        """The canonical form as plain data: every setting written out, files as the manifest gave them."""
+        """The canonical form as plain data: every setting written out, files as the manifest gave them.
+
+        Without `data` where nothing trains on it.
+        """
         sections = {
             "operations": [{step.operation.name: step.settings.model_dump(mode="json")} for step in self.steps],
             "calibration": self.calibration.model_dump(mode="json"),
-            "data": self.data.model_dump(mode="json"),
+            **({"data": self.data.model_dump(mode="json")} if any(step.trains for step in self.steps) else {}),
             "output": self.output.model_dump(mode="json"),
             "verify": self.verify.model_dump(mode="json") if self.verify else False,
         }

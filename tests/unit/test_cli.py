@@ -21,7 +21,7 @@ from surgery import cli
 from surgery.cli.group import COMMANDS, LazyGroup
 from surgery.cli.group import surgery as group
 from surgery.cli.options import Command
-from surgery.cli.output import Output
+from surgery.cli.output import Output, _stage_lines
 from surgery.errors import DiskFull
 from surgery.manifest import Manifest
 from surgery.progress import Progress
@@ -200,6 +200,34 @@ def _converting(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -
     monkeypatch.setattr(surgery.conversion, "convert", function)
 
 
+def test_details_are_told_now_and_then_with_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("surgery.cli.output.time.monotonic", lambda: now[0])
+    report = _stage_lines()
+    for step in (0, 10, 20, 30, 100):
+        report(Progress("heal", step, 100, "steps", f"loss {step}"))
+        now[0] += 20
+    assert capsys.readouterr().err.splitlines() == [
+        "heal ...",
+        "heal: 20/100, loss 20, 0:02:40 left",  # 40 s for a fifth
+        "heal: 100/100, loss 100",
+    ]
+
+
+def test_of_several_processes_only_the_first_one_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: str
+) -> None:
+    ran: list[str] = []
+    _converting(monkeypatch, lambda base, *_, **__: ran.append(base))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.run(["convert", base, "OUT", "-m", PASSTHROUGH]) == 0
+    assert ran == [base]
+    assert capsys.readouterr() == ("", "")
+
+
 def test_convert_hands_every_option_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: str
 ) -> None:
@@ -215,7 +243,7 @@ def test_convert_hands_every_option_on(
 
     _converting(monkeypatch, convert)
     options = (
-        "--no-resume --overwrite --link --device cuda --workers 3 --statistics S --dtype bfloat16 --shard-size 1GB "
+        "--no-resume --overwrite --link --device cuda --workers 3 --statistics S --teacher T --dtype bfloat16 --shard-size 1GB "
         "--no-verify --trust-remote-code --allow-pickle"
     )
     arguments = ["convert", base, "OUT", "-m", PASSTHROUGH, *options.split()]
@@ -237,6 +265,7 @@ def test_convert_hands_every_option_on(
         "device": "cuda",
         "workers": 3,
         "statistics": Path("S"),
+        "teacher": "T",
     }
     assert seen == switches | values
     assert cli.run([*arguments, "-q"]) == 0
