@@ -87,7 +87,7 @@ def _conclude(run: Run, tensors: dict[str, Tensor], history: list[curves.Entry])
         first, last = heldout[0], heldout[-1]
         known = "at least " if settings.end_to_end is not None and settings.end_to_end.teacher == "stored" else ""
         notes.append(
-            f"on held-out text KL to the base went from {known} {first['kl']:.4g} to {last['kl']:.4g} nats per token, "
+            f"on held-out text KL to the base went from {known}{first['kl']:.4g} to {last['kl']:.4g} nats per token, "
             f"perplexity from {first['perplexity']:.4g} to {last['perplexity']:.4g}"
         )
     record = {
