@@ -76,6 +76,7 @@ def end_to_end(run: Run, earlier: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     names = tuple(trained)
     chosen = optimizers(run.settings, trained)
+    _check_launch(run, len(chosen))
     _tell_deepspeed(run, part)
     model, *chosen = accelerator.prepare(student, *chosen)
     del student, trained
@@ -91,15 +92,20 @@ def end_to_end(run: Run, earlier: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     return result, history
 
 
+def _check_launch(run: Run, count: int) -> None:
+    """Raise UsageError where accelerate cannot divide what steps the parameters: it saves one optimizer a model."""
+    kind = str(run.accelerator.distributed_type).rpartition(".")[2]
+    if run.settings.optimizer == "muon" and (kind == "DEEPSPEED" or (kind == "FSDP" and count > 1)):
+        raise UsageError(
+            f"optimizer muon does not run under {kind}", cause="accelerate divides one optimizer, and whole matrices need two",
+            remedy="set heal.optimizer to adamw, or launch whole copies (docs/accelerate/ddp.yaml)",
+        )  # fmt: skip
+
+
 def _tell_deepspeed(run: Run, part: int) -> None:
-    """DeepSpeed would ask a data loader for its sizes, and clips by itself. Raises UsageError for Muon."""
+    """DeepSpeed would ask a data loader for its sizes, and clips by itself."""
     plugin = getattr(run.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
-        if run.settings.optimizer == "muon":
-            raise UsageError(
-                "optimizer muon does not run under DeepSpeed", cause="its updates need whole matrices",
-                remedy="set heal.optimizer to adamw, or use FSDP2",
-            )  # fmt: skip
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": part,
             "gradient_accumulation_steps": run.settings.gradient_accumulation_steps,

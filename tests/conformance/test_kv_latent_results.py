@@ -794,7 +794,7 @@ def test_own_text_is_the_same_every_time(tmp_path):
 
 
 def test_stored_statistics_are_taken_again(tmp_path, monkeypatch):
-    from surgery.calibration import stage
+    from surgery.calibration import stage, store
     from surgery.operations.kv_latent import measuring
 
     base, chosen = write_tiny(tmp_path / "base", "llama"), {"qk_dim": 8, "vo_dim": 12}
@@ -804,14 +804,14 @@ def test_stored_statistics_are_taken_again(tmp_path, monkeypatch):
     def forbidden(*_args, **_kwargs):
         raise AssertionError("measured again")
 
-    read, opened = [], stage.safe_open
+    read, opened = [], store.safe_open
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "solve", forbidden)
         patch.setattr(stage, "loaded_model", forbidden)
-        patch.setattr(stage, "safe_open", lambda path, *more: read.append(path) or opened(path, *more))
+        patch.setattr(store, "safe_open", lambda path, *more: read.append(path) or opened(path, *more))
         again = tensors_of(convert(base, tmp_path / "again", chosen))
         assert all(torch.equal(again[name], first[name]) for name in first)
-        found = stage.StoredTensors(stored)
+        found = store.StoredTensors(stored)
         before = len(read)
         assert found["layers.0.q.weight"].shape == (32, 64)
         assert len(read) == before + 1  # one tensor is one look into the file, nothing is held
