@@ -97,7 +97,7 @@ def _check_launch(run: Run, count: int) -> None:
     kind = str(run.accelerator.distributed_type).rpartition(".")[2]
     if run.settings.optimizer == "muon" and (kind == "DEEPSPEED" or (kind == "FSDP" and count > 1)):
         raise UsageError(
-            f"optimizer muon does not run under {kind}", cause="accelerate divides one optimizer, and whole matrices need two",
+            f"optimizer muon does not run under {kind}", cause="accelerate divides one optimizer, this needs two",
             remedy="set heal.optimizer to adamw, or launch whole copies (docs/accelerate/ddp.yaml)",
         )  # fmt: skip
 
