@@ -18,7 +18,6 @@ from surgery.checkpoint.expressions import Tensors
 from surgery.errors import InternalError
 from surgery.operations.base import Count, Operation, Settings, Statistics, Training
 from surgery.planning import Draft
-from surgery.sizes import human_count
 from surgery.training.groups import Group, LoraGroup, Rank, Selection, group_of, select
 
 
@@ -261,12 +260,6 @@ def train(training: Training, settings: HealSettings) -> Statistics:
     from surgery.training.healing import heal
 
     return heal(training, settings, selection(training.model, settings, training.changes))
-
-
-def summary(settings: HealSettings) -> str:
-    """How much is trained, for tables."""
-    stages = {"layerwise": settings.layerwise, "end_to_end": settings.end_to_end}
-    return ", ".join(f"{name} {human_count(stage.tokens)} tokens" for name, stage in stages.items() if stage)
 
 
 OPERATION = Operation(
