@@ -344,14 +344,16 @@ def _peak_memory(draft: Draft, workers: int) -> int:
 
 def _measuring_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) -> int:
     """Bound of calibration: the model in fp32 where that is small, and a handful of residual streams."""
-    whole = checkpoint.parameter_count * 4
-    weights = whole if whole <= FLOAT32_LIMIT else checkpoint.tensor_bytes
     tokens = manifest.calibration.samples * manifest.calibration.length
-    return INTERPRETER_BYTES + 2 * TORCH_BYTES + weights + 8 * tokens * draft.model.hidden_size * 4
+    return INTERPRETER_BYTES + 2 * TORCH_BYTES + _loaded_bytes(checkpoint) + 8 * tokens * draft.model.hidden_size * 4
 
 
 def _training_memory(checkpoint: Checkpoint, trained: int) -> int:
     """Estimate for training: two models, and gradients and moments in float32; activations come on top."""
+    return INTERPRETER_BYTES + 2 * TORCH_BYTES + 2 * _loaded_bytes(checkpoint) + 4 * 4 * trained
+
+
+def _loaded_bytes(checkpoint: Checkpoint) -> int:
+    """Weights of the model as it is loaded: in float32 where that is small, else as stored."""
     whole = checkpoint.parameter_count * 4
-    weights = whole if whole <= FLOAT32_LIMIT else checkpoint.tensor_bytes
-    return INTERPRETER_BYTES + 2 * TORCH_BYTES + 2 * weights + 4 * 4 * trained
+    return whole if whole <= FLOAT32_LIMIT else checkpoint.tensor_bytes

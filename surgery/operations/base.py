@@ -86,7 +86,7 @@ class Training:
     student      the checkpoint that is trained, as the stages before wrote it; `model` is its sizes and names
     teacher      the base, which the student is to resemble
     changes      groups of parameters that the operations before declared as theirs
-    data         the text; `calibration_text` and others were already held against it
+    data         the text to learn from, already held against the one that judges the result
     folder       where state is kept, so that a killed stage goes on; it survives the process
     fingerprint  equal for runs that may go on from each other's state
     record       where loss curves go, without a suffix: `.json` and `.png` are added
