@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.calibration.documents import Document, evaluation_text, plain_text, read_documents, text_source
+from surgery.calibration.documents import evaluation_text, text_source
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES
 from surgery.checkpoint.expressions import Stored
 from surgery.checkpoint.journal import Finished, Journal, exclusive, read_journal, start_journal, sync_folder
@@ -36,26 +36,28 @@ from surgery.checkpoint.resolve import open_base
 from surgery.checkpoint.writer import Job, environment_errors, hash_file, hash_tensors, write_file, write_shards
 from surgery.emission.checkpoint import write_small_files
 from surgery.emission.lock import LOCK, lock_bytes, make_lock, portable_source
-from surgery.errors import DiskFull, InternalError, OutputExists, RefusedInput, UsageError, VerificationFailure
+from surgery.errors import InternalError, OutputExists, RefusedInput, UsageError, VerificationFailure
+from surgery.metrics.plots import require_plots
 from surgery.planning import FLOAT32_LIMIT, Draft, Plan, describe, make_plan, open_draft
+from surgery.preconditions import check_disk, check_place, check_texts
 from surgery.progress import Progress, Report, silent
-from surgery.training.overlap import refuse_overlap
 from surgery.training.processes import leads, wait_for_all
 from surgery.version import __version__
 
 if TYPE_CHECKING:
-    from surgery.manifest import Calibration, Data, Manifest
-    from surgery.operations.base import Statistics, Step
+    from surgery.manifest import Manifest
+    from surgery.operations.base import Explanation, Statistics, Step
     from surgery.verification import Verification
 
-# What is held against the evaluation text at most: some 40 million words, which take 20 seconds.
-OVERLAP_CHARACTERS = 200_000_000
 _OURS = (".lock", "journal.jsonl", "stages", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. `verification` is None where the manifest says `verify: false`, or another process led."""
+    """What a conversion did. `verification` is None where the manifest says `verify: false`, or another process led.
+
+    `explanations` are there where they were asked for, by the number of the step and its operation.
+    """
 
     out: Path
     plan: Plan
@@ -63,6 +65,7 @@ class Conversion:
     verification: Verification | None
     seconds: float
     resumed_files: int
+    explanations: Mapping[str, Explanation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class _Run:
     report: Report
     measured: dict[str, Statistics] = field(default_factory=dict)
     trained: dict[str, Any] = field(default_factory=dict)
+    decided: dict[str, Any] = field(default_factory=dict)
+    explained: dict[str, Explanation] | None = None
 
 
 def convert(
@@ -97,6 +102,7 @@ def convert(
     workers: int | None = None,
     statistics: Path | None = None,
     teacher: str | None = None,
+    explain: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     report: Report = silent,
@@ -108,8 +114,9 @@ def convert(
     overwrite  replace an `out` that surgery wrote
     link       hard-link files that do not change, instead of copying them
     workers    shards written at once (default: the cores, at most 4)
-    statistics folder in which calibration results are kept for reuse
+    statistics folder in which calibration results are kept for reuse, or the file of one, made on any machine
     teacher    what training imitates, named like a base (default: the base itself)
+    explain    write beside `out` why operations decided as they did: OUT.N.operation.json and .png
 
     Raises the errors of `surgery.errors`; `out` appears complete and verified, or not at all.
     """
@@ -124,16 +131,19 @@ def convert(
     partial = out.with_name(out.name + ".partial")
     folder = statistics or Path.home() / ".cache" / "surgery" / "statistics"
     run = _Run(
-        manifest, checkpoint, taught_by, out, partial, fingerprint, None, workers, link, device, folder, report
+        manifest, checkpoint, taught_by, out, partial, fingerprint, None, workers, link, device, folder, report,
+        explained={} if explain else None,
     )  # fmt: skip
+    if explain:
+        require_plots("explanations are drawn")
     if not leads():
         _run_stages(run)
         wait_for_all(device, last=True)
         return Conversion(out, plan, {}, None, time.monotonic() - started, 0)
     for read in (checkpoint, taught_by):
-        _check_place(read, out, overwrite=overwrite)
-    _check_disk(partial, plan)
-    _check_texts(manifest, plan)
+        check_place(read, out, overwrite=overwrite)
+    check_disk(partial, plan)
+    check_texts(manifest, plan)
     with environment_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
     with exclusive(partial):
@@ -146,13 +156,28 @@ def convert(
         except RefusedInput:
             shutil.rmtree(partial)  # what was found in the weights will be found again: nothing to resume
             raise
+        except UsageError:
+            if not any((partial / name).exists() for name in ("stages", "checkpoint")):
+                shutil.rmtree(partial)
+            raise
         _put_in_place(partial, out, overwrite=overwrite)
     shutil.rmtree(partial)
+    _publish(out, run.explained or {})
     wait_for_all(device, last=True)
     if plan.code and "." in out.name:
         note = "transformers before 4.57 cannot load code from a local folder with a dot in its name; the Hub is fine"
         plan = replace(plan, notes=(*plan.notes, note))
-    return Conversion(out, plan, lock, verification, time.monotonic() - started, resumed)
+    return Conversion(out, plan, lock, verification, time.monotonic() - started, resumed, run.explained or {})
+
+
+def _publish(out: Path, explained: Mapping[str, Explanation]) -> None:
+    """Write explanations beside OUT."""
+    for name, found in explained.items():
+        place = out.with_name(f"{out.name}.{name}")
+        with environment_errors(place):
+            text = json.dumps(found.data, indent=1)
+            place.with_name(place.name + ".json").write_text(text + "\n", encoding="utf-8")
+            found.draw(place.with_name(place.name + ".png"))
 
 
 def _opener(*, trust_remote_code: bool, allow_pickle: bool) -> Callable[[str], Checkpoint]:
@@ -172,7 +197,12 @@ def _run_stages(run: _Run) -> tuple[Checkpoint, Draft]:
             found = run.measured[f"{number}.{step.operation.name}"] = _measure(run, current, step)
         elif step.trains:
             found = _train(run, current, draft, step, number)
+        if run.explained is not None and step.operation.explain is not None:
+            explanation = step.operation.explain(draft.model, step.settings, found)
+            run.explained[f"{number}.{step.operation.name}"] = explanation
         step.edit(draft, found)
+        if draft.facts:
+            run.decided[f"{number}.{step.operation.name}"], draft.facts = draft.facts, {}
         edited = True
     return current, draft
 
@@ -191,7 +221,8 @@ def _complete(
 ) -> tuple[Plan, dict[str, Any], Verification | None]:
     """Write what becomes OUT, verify it, and describe it in card and lock."""
     checkpoint, final = run.base, run.partial / "checkpoint"
-    kept = [n for n, value in draft.tensors.items() if isinstance(value, Stored) and n not in draft.trained]
+    stored = {name: value.info.name for name, value in draft.tensors.items() if isinstance(value, Stored)}
+    kept = {name: old for name, old in stored.items() if name not in draft.trained}
     if run.manifest.output.dtype != "keep":
         draft.cast(SAFETENSORS_NAMES[run.manifest.output.dtype])
     shards = lay_out(current, draft.tensors, run.manifest.output.shard_bytes)
@@ -199,7 +230,10 @@ def _complete(
     with _hashing(checkpoint, same) as hashes:
         outputs = _write(run, _journal(run), current, draft, final, shards)
         inputs = hashes() | {name: outputs[copy] for name, copy in same.items()}
+    renamed = {name: old for name, old in stored.items() if name != old}
     frozen = _frozen(current, kept, final, run.manifest.output.dtype) if run.trained else {}
+    if run.manifest.verify is not None:
+        _frozen(current, renamed, final, run.manifest.output.dtype)
     plan = _settled(run, checkpoint, current, plan, draft)
     lock, verification = _finish(run, checkpoint, plan, draft, outputs, inputs, frozen)
     return plan, lock, verification
@@ -213,24 +247,24 @@ def _journal(run: _Run) -> Journal:
     return run.journal
 
 
-def _frozen(current: Checkpoint, kept: Collection[str], final: Path, dtype: str) -> dict[str, str]:
-    """Hashes of the tensors that nothing trained or rewrote since training, as they are in the result.
+def _frozen(current: Checkpoint, kept: Mapping[str, str], final: Path, dtype: str) -> dict[str, str]:
+    """Hashes of tensors that nothing should have changed (name in the result -> name before), as they are now.
 
-    Compared with what training was given; where the result has another type, with that rounded to it. Raises
-    InternalError where one moved.
+    Where the result has another type they are compared after rounding to it. Raises InternalError where one moved.
     """
     from surgery.checkpoint.evaluate import is_rounding
 
     result = open_checkpoint(final, trust_remote_code=True)
-    before, after = hash_tensors(current, kept), hash_tensors(result, kept)
+    before, after = hash_tensors(current, kept.values()), hash_tensors(result, kept)
     moved = [
         name
-        for name in kept
-        if before[name] != after[name] and (dtype == "keep" or not is_rounding(current, result, name))
+        for name, old in kept.items()
+        if before[old] != after[name] and (dtype == "keep" or not is_rounding(current, result, name, old))
     ]
     if moved:
         raise InternalError(
-            f"{moved[0]!r} changed although nothing trained it", cause="its bytes differ from those before training",
+            f"{moved[0]!r} changed although nothing should have changed it",
+            cause=f"its bytes differ from those of {kept[moved[0]]!r}",
             remedy="report this as a defect, with the manifest",
         )  # fmt: skip
     return after
@@ -279,7 +313,7 @@ def _measure(run: _Run, checkpoint: Checkpoint, step: Step) -> Statistics:
     from surgery.calibration.stage import measure
 
     return measure(
-        checkpoint, step, run.manifest.calibration, folder=run.statistics, device=run.device,
+        checkpoint, step, run.manifest.calibration, place=run.statistics, device=run.device,
         report=run.report, stage=f"calibrate {step.operation.name}",
     )  # fmt: skip
 
@@ -322,6 +356,8 @@ def _finish(
     folder = run.partial / "checkpoint"
     verification = _verify(run, base, plan, folder)
     lock = make_lock(base, run.manifest, plan, run.measured, inputs, verification)
+    if run.decided:
+        lock["decisions"] = run.decided
     if run.trained:
         lock["training"] = {"teacher": _teacher_record(run), "stages": run.trained, "frozen": dict(frozen)}
     card = write_file(folder / "README.md", card_bytes(base, plan, draft, run.manifest, outputs, verification))
@@ -402,65 +438,6 @@ def _fingerprint(checkpoint: Checkpoint, teacher: Checkpoint, manifest: Manifest
     if plan.trained_parameters:
         parts += [json.dumps(text_source(manifest.data), sort_keys=True), teacher.fingerprint()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
-    base = checkpoint.folder.resolve()
-    real = out.resolve()
-    if real == base or base in real.parents or real in base.parents:
-        raise OutputExists(
-            f"OUT {out} and the base share a folder", cause="a conversion never writes into its base",
-            remedy="choose an OUT outside of the base",
-        )  # fmt: skip
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise OutputExists(
-            f"{out} exists", cause="nothing is replaced unasked", remedy="choose another OUT, or pass --overwrite"
-        )
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / LOCK).is_file()):
-        raise OutputExists(
-            f"{out} was not written by surgery", cause=f"it has no {LOCK}, and nothing of others is deleted",
-            remedy="move it away yourself, or choose another OUT",
-        )  # fmt: skip
-
-
-def _check_texts(manifest: Manifest, plan: Plan) -> None:
-    """Refuse to judge a result on text that it was made from."""
-    if manifest.verify is None or manifest.verify.text is None:
-        return
-    used: dict[str, tuple[Any, Calibration | Data]] = {
-        "calibration": (plan.estimated, manifest.calibration),
-        "data": (plan.trained_parameters, manifest.data),
-    }
-    for name, (needed, section) in used.items():
-        ours = section.text == "builtin" == manifest.verify.text  # divided by construction
-        if needed and not ours and section.text != "self":
-            documents = _beginning(read_documents(section.text, section.field)[0])
-            refuse_overlap(documents, evaluation_text(manifest.verify.text), what=f"verify.text and {name}.text")
-
-
-def _beginning(documents: Iterator[Document]) -> Iterator[str]:
-    """The words of the first documents; a data set may have no end that is worth waiting for."""
-    read = 0
-    for document in documents:
-        text = plain_text(document)
-        yield text
-        read += len(text)
-        if read >= OVERLAP_CHARACTERS:
-            return
-
-
-def _check_disk(partial: Path, plan: Plan) -> None:
-    place = next(parent for parent in partial.parents if parent.exists())
-    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
-    free = shutil.disk_usage(place).free + there
-    if free < plan.disk_needed:
-        raise DiskFull(
-            f"{place} has {free / 1e9:.2f} GB free, the conversion needs {plan.disk_needed / 1e9:.2f} GB",
-            cause="the whole result is written before it is put in place",
-            remedy="free space, or name an OUT on another disk",
-        )
 
 
 def _open_journal(partial: Path, fingerprint: str, *, resume: bool) -> Journal:

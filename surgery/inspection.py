@@ -9,9 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 from surgery.architectures import Architecture, Model, Rope, architectures, carries_own_code
+from surgery.architectures.experts import numbers
+from surgery.architectures.family import Experts
 from surgery.checkpoint.dtypes import TORCH_NAMES, element_count
 from surgery.checkpoint.resolve import open_base
 from surgery.errors import RefusedInput, UnsupportedModel
+from surgery.metrics.active import active_parameters
 from surgery.metrics.cache import cache_bytes_per_token
 from surgery.operations import operations
 from surgery.operations.base import Operation
@@ -20,7 +23,11 @@ from surgery.planning import open_draft, storage_dtype
 
 @dataclass(frozen=True)
 class Structure:
-    """The parts of a known family that operations work on. `window` is None for attention over everything."""
+    """The parts of a known family that operations work on. `window` is None for attention over everything.
+
+    `experts` are those of one layer, `expert_layers` how many layers have some, `active_parameters` what a token goes
+    through; all three are None without experts, or where config and tensors disagree.
+    """
 
     layers: int
     hidden_size: int
@@ -32,6 +39,10 @@ class Structure:
     output_bias: bool
     qk_norm: str
     window: int | None
+    experts: int | None = None
+    experts_per_token: int | None = None
+    expert_layers: int | None = None
+    active_parameters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class Inspection:
         return plain
 
 
+EXPERTS = 8  # of an ordinary model
 _ROPE = ("kind", "theta", "width", "interleaved")
 
 
@@ -140,7 +152,23 @@ def ordinary_model(family: Architecture) -> Model:
             rows = {names.fused: sum(rows.values())}
         shapes |= {f"{name}.weight": (count, hidden) for name, count in rows.items()}
         shapes[f"{names.output}.weight"] = (hidden, heads * width)
+        if family.experts is not None:
+            shapes |= _ordinary_experts(family, family.experts, layer, hidden)
+    if family.experts is not None:
+        config |= dict.fromkeys(family.experts.counts, EXPERTS) | dict.fromkeys(family.experts.top_k, EXPERTS // 4)
     return model
+
+
+def _ordinary_experts(family: Architecture, at: Experts, layer: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    block = f"{family.layers.format(layer=layer)}.{at.block}"
+    shapes: dict[str, tuple[int, ...]] = {f"{block}.{at.router}.weight": (EXPERTS, hidden)}
+    if at.correction:
+        shapes[f"{block}.{at.router}.{at.correction}"] = (EXPERTS,)
+    inside = ".".join(part for part in (block, at.experts) if part)
+    if at.fused:
+        return shapes | {f"{inside}.{name}.weight": (EXPERTS, hidden, hidden) for name in at.projections}
+    each = [(expert, name) for expert in range(EXPERTS) for name in at.projections]
+    return shapes | {f"{inside}.{expert}.{name}.weight": (hidden, hidden) for expert, name in each}
 
 
 def _structure(model: Model) -> Structure:
@@ -160,7 +188,24 @@ def _structure(model: Model) -> Structure:
         output_bias=model.output_bias,
         qk_norm=attention.qk_norm,
         window=window if type(window) is int else None,
+        **_experts(model),
     )
+
+
+def _experts(model: Model) -> dict[str, int]:
+    if model.architecture.experts is None:
+        return {}
+    try:
+        found = numbers(model)
+        active = active_parameters(model)
+    except RefusedInput:
+        return {}  # the operations on experts say what is wrong
+    if not found.experts:
+        return {}
+    return {
+        "experts": max(found.experts.values()), "experts_per_token": max(found.top_k.values()),
+        "expert_layers": len(found.experts), "active_parameters": active,
+    }  # fmt: skip
 
 
 def _rope(model: Model) -> Rope | None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
 from pydantic import (
@@ -109,7 +109,8 @@ class Dataset(_Section):
     split: str = Field(default="train", description="which split is read")
 
 
-_WORDS = ("self", "builtin")
+TextWord: TypeAlias = Literal["self", "builtin", "builtin:code", "builtin:records", "builtin:mixed"]
+_WORDS: tuple[str, ...] = get_args(TextWord)
 _FILE_SCHEMA = {"type": "string", "minLength": 1}
 _File = Annotated[
     TextFile,
@@ -138,7 +139,7 @@ def _files(value: Any) -> Any:
 
 
 Text: TypeAlias = Annotated[
-    Annotated[Literal["self", "builtin"], Tag("(word)")]
+    Annotated[TextWord, Tag("(word)")]
     | Annotated[tuple[_File, ...], Field(min_length=1), BeforeValidator(_files), Tag("(files)")]
     | Annotated[Dataset, Tag("(dataset)")],
     Discriminator(
@@ -164,7 +165,8 @@ class Calibration(_Section):
     text: Text = Field(
         default="builtin",
         description="files of text or jsonl, relative to the manifest; `self` (the base writes it); `builtin` (text "
-        "that every Python carries); or {dataset: name@commit, split: train}",
+        "that every Python carries: documentation, or `builtin:code`, `builtin:records`, `builtin:mixed`); or "
+        "{dataset: name@commit, split: train}",
     )
     field: str = Field(default="text", min_length=1, description="the key that holds the text, in jsonl and data sets")
     samples: int = Field(default=128, ge=1, le=1_000_000, description="windows of text")

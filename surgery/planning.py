@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.architectures import Architecture, Model, find_architecture, find_family
 from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES, element_count
-from surgery.checkpoint.expressions import Computed, Rewrite, Stored, Tensors, TensorSpec, Value, sources
+from surgery.checkpoint.expressions import Computed, Rewrite, Rows, Stored, Tensors, TensorSpec, Value, sources
 from surgery.checkpoint.layout import index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.code import Family, RuntimePart, emit_code
-from surgery.errors import InternalError, UnsupportedModel
+from surgery.errors import InternalError, RefusedInput, UnsupportedModel
+from surgery.metrics.active import active_parameters
 from surgery.metrics.cache import cache_bytes_per_token
 from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
-    from surgery.operations.base import Step
+    from surgery.operations.base import Statistics, Step
 
 # Measured on CPython 3.11 with `tools/bench_stream`: the interpreter with this package, and what importing torch adds.
 INTERPRETER_BYTES = 70_000_000
@@ -50,6 +51,22 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
         return len(self._draft.tensors)
 
 
+class _Bytes(Mapping[str, int]):
+    """The bytes of a draft's tensors, always as they are now."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+
+    def __getitem__(self, name: str) -> int:
+        return self._draft.tensors[name].spec.nbytes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._draft.tensors)
+
+    def __len__(self) -> int:
+        return len(self._draft.tensors)
+
+
 @dataclass
 class Draft:
     """A checkpoint in the making; the one mutable thing that operations see.
@@ -57,7 +74,7 @@ class Draft:
     `config` is the language model's config, nested in `root` for multimodal models (the same object otherwise).
     `parts` are the runtime files that the result needs; none means that a stock class holds it. `changes` are the
     groups of parameters that operations declared as theirs, `trained` the tensors that training adapts, and
-    `scratch_bytes` what it keeps on disk meanwhile.
+    `scratch_bytes` what it keeps on disk meanwhile. `facts` are what an operation decided, for the lock.
     """
 
     architecture: Architecture | None
@@ -70,6 +87,7 @@ class Draft:
     changes: set[str] = field(default_factory=set)
     trained: set[str] = field(default_factory=set)
     scratch_bytes: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def onto(self, checkpoint: Checkpoint) -> Draft:
         """The same draft once its tensors so far were written as `checkpoint`."""
@@ -78,7 +96,8 @@ class Draft:
     @property
     def model(self) -> Model:
         """The draft as operations see a model. Raises UnsupportedModel for families without a data file."""
-        return Model(self.architecture or find_architecture(self.config), self.config, _Shapes(self))
+        family = self.architecture or find_architecture(self.config)
+        return Model(family, self.config, _Shapes(self), _Bytes(self))
 
     def spec(self, name: str) -> TensorSpec:
         """Type and shape of a tensor as it is now."""
@@ -117,11 +136,36 @@ class Draft:
                 made = {}
         self.tensors = rebuilt
 
-    def drop(self, names: Sequence[str], why: str) -> None:
+    def drop(self, names: Collection[str], why: str) -> None:
         """Leave tensors out of the result, with the reason for the ledger."""
+        self.dropped.update({info.name: why for name in names for info in sources(self.tensors[name])})
         gone = set(names)
-        self.dropped.update(dict.fromkeys(names, why))
         self.tensors = {name: value for name, value in self.tensors.items() if name not in gone}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let tensors have other names (old -> new); several may change places."""
+        renamed = {names.get(name, name): value for name, value in self.tensors.items()}
+        if len(renamed) != len(self.tensors):
+            raise InternalError(
+                "an operation would give two tensors one name", cause="a new name is another tensor's",
+                remedy="report this as a defect, with the manifest",
+            )  # fmt: skip
+        self.tensors = renamed
+
+    def take_rows(self, name: str, rows: Sequence[int], why: str) -> None:
+        """Keep only `rows` of a tensor's first axis, in this order."""
+        value, kept = self.tensors[name], tuple(rows)
+        if isinstance(value, Stored):
+            self.tensors[name] = Rows(value.info, kept, why)
+        elif isinstance(value, Rows):
+            self.tensors[name] = Rows(value.info, tuple(value.rows[row] for row in kept), why)
+        else:
+            spec = value.spec
+
+            def function(tensors: Tensors) -> Tensors:
+                return {name: tensors[name][list(kept)]}
+
+            self.rewrite([name], {name: TensorSpec(spec.dtype, (len(kept), *spec.shape[1:]))}, function, why=why)
 
     def cast(self, dtype: str) -> None:
         """Store every floating tensor as `dtype` (safetensors name)."""
@@ -162,7 +206,7 @@ def open_draft(checkpoint: Checkpoint) -> Draft:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """What becomes of one tensor: `kept`, `rewritten`, `dropped` or `added`; `why` names the cause."""
+    """What becomes of one tensor: `kept`, `renamed`, `rewritten`, `dropped` or `added`; `why` names the cause."""
 
     name: str
     fate: str
@@ -172,16 +216,18 @@ class LedgerEntry:
 def ledger(checkpoint: Checkpoint, draft: Draft) -> tuple[LedgerEntry, ...]:
     """The account of every base tensor and every added one. Raises InternalError where one is unaccounted for."""
     used: dict[str, str] = {}
-    kept: set[str] = set()
-    for value in draft.tensors.values():
+    kept: dict[str, str] = {}
+    for name, value in draft.tensors.items():
         if isinstance(value, Stored):
-            kept.add(value.info.name)
+            kept[value.info.name] = name
+        elif isinstance(value, Rows):
+            used[value.info.name] = value.why
         else:
             used.update({info.name: value.rewrite.why for info in sources(value)})
     entries = []
     for name in checkpoint.tensors:
         if name in kept:
-            entries.append(LedgerEntry(name, "kept", ""))
+            entries.append(LedgerEntry(name, "kept" if kept[name] == name else "renamed", ""))
         elif name in used:
             entries.append(LedgerEntry(name, "rewritten", used[name]))
         elif name in draft.dropped:
@@ -207,7 +253,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a conversion will do. Sizes are bytes; `estimated` says that widths wait for a measurement."""
+    """Everything a conversion will do. Sizes are bytes; `estimated` says that some sizes wait for a measurement.
+
+    `active_before` and `active_after` are the parameters that a token goes through, for models with experts.
+    """
 
     source: str
     revision: str | None
@@ -223,6 +272,8 @@ class Plan:
     cache_dtype: str
     cache_bytes_before: int | None
     cache_bytes_after: int | None
+    active_before: int | None
+    active_after: int | None
     code: tuple[str, ...]
     shards: tuple[str, ...]
     ledger: tuple[LedgerEntry, ...]
@@ -244,10 +295,23 @@ class Plan:
         return plain
 
 
-def make_plan(checkpoint: Checkpoint, manifest: Manifest, *, workers: int = 2) -> Plan:
-    """Plan a conversion without reading weights. Raises UnsupportedModel where an operation does not fit."""
+def _none_stored(_step: Step) -> None:
+    """Where no results are stored."""
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    *,
+    workers: int = 2,
+    stored: Callable[[Step], Statistics | None] = _none_stored,
+) -> Plan:
+    """Plan a conversion without reading weights. Raises UnsupportedModel where an operation does not fit.
+
+    `stored` gives the result of a measurement on the base that was made before; with it less is estimated.
+    """
     draft = open_draft(checkpoint)
-    stages, estimated = _dry_run(draft, manifest.steps)
+    stages, estimated = _dry_run(draft, manifest.steps, stored)
     if manifest.output.dtype != "keep":
         draft.cast(SAFETENSORS_NAMES[manifest.output.dtype])
     return describe(checkpoint, draft, manifest, stages, estimated=estimated, workers=workers)
@@ -285,12 +349,14 @@ def describe(
         disk_needed=written * max(edits, 1) + draft.scratch_bytes + SMALL_FILES_BYTES,
         peak_memory=max(
             _peak_memory(draft, workers),
-            _measuring_memory(checkpoint, draft, manifest) if any(stage.kind == "measure" for stage in stages) else 0,
+            _measuring_memory(checkpoint, draft, manifest) if _calibrates(manifest.steps) else 0,
             _training_memory(checkpoint, trained) if trains else 0,
         ),
         cache_dtype=cache_dtype,
         cache_bytes_before=cache_bytes_per_token(original, dtype),
         cache_bytes_after=cache_bytes_per_token(draft.config, cache_dtype),
+        active_before=active_count(open_draft(checkpoint)),
+        active_after=active_count(draft),
         code=tuple(emit_code(Family.of(draft.model.architecture), draft.parts, __version__) if draft.parts else ()),
         shards=(*(shard.name for shard in shards), *((index[0],) if index else ())),
         ledger=ledger(checkpoint, draft),
@@ -310,12 +376,26 @@ def storage_dtype(checkpoint: Checkpoint) -> str:
     return TORCH_NAMES.get(count.most_common(1)[0][0], "float32")
 
 
-def _dry_run(draft: Draft, steps: Sequence[Step]) -> tuple[tuple[Stage, ...], bool]:
-    """Apply every operation to the draft without statistics, grouping consecutive edits into one stage."""
+def active_count(draft: Draft) -> int | None:
+    """The parameters that a token goes through; None where all are, or where that is not known."""
+    if draft.architecture is None or draft.architecture.experts is None:
+        return None
+    try:
+        return active_parameters(draft.model)
+    except RefusedInput:
+        return None  # an operation on experts says so itself; others do not mind
+
+
+def _dry_run(
+    draft: Draft, steps: Sequence[Step], stored: Callable[[Step], Statistics | None]
+) -> tuple[tuple[Stage, ...], bool]:
+    """Apply every operation to the draft, grouping consecutive edits into one stage."""
     stages: list[Stage] = []
     pending: list[str] = []
     estimated = False
+    untouched = True
     for step in steps:
+        found: Statistics | None = None
         step.check(draft.model)
         if step.measures or step.trains:
             if pending:
@@ -323,8 +403,10 @@ def _dry_run(draft: Draft, steps: Sequence[Step]) -> tuple[tuple[Stage, ...], bo
                 pending = []
             kind, verb = ("measure", "calibrate") if step.measures else ("train", "train by")
             stages.append(Stage(kind, f"{verb} {step.operation.name}", (step.operation.name,)))
-            estimated = estimated or step.measures
-        step.edit(draft, None)
+            found = stored(step) if step.measures and untouched else None
+            estimated = estimated or (step.measures and found is None)
+        step.edit(draft, found)
+        untouched = False
         pending.append(step.operation.name)
     if pending or not stages:
         stages.append(Stage("edit", "write the checkpoint", tuple(pending)))
@@ -333,8 +415,12 @@ def _dry_run(draft: Draft, steps: Sequence[Step]) -> tuple[tuple[Stage, ...], bo
 
 def _bytes_read(draft: Draft) -> int:
     rewrites = {id(v.rewrite): v for v in draft.tensors.values() if isinstance(v, Computed)}
-    stored = sum(value.info.nbytes for value in draft.tensors.values() if isinstance(value, Stored))
+    stored = sum(value.spec.nbytes for value in draft.tensors.values() if not isinstance(value, Computed))
     return stored + sum(info.nbytes for value in rewrites.values() for info in sources(value))
+
+
+def _calibrates(steps: Sequence[Step]) -> bool:
+    return any(step.measures and not step.weights_only for step in steps)
 
 
 def _peak_memory(draft: Draft, workers: int) -> int:

@@ -155,8 +155,9 @@ def _changed_inputs(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> list
 def _changed_texts(manifest: Manifest, recorded: _Lock) -> list[str]:
     """Which texts are not those that were measured or trained on, where something was."""
     stages = recorded.training.get("stages", {})
+    measured = [found for found in recorded.statistics.values() if found]  # of weights alone nothing is recorded
     used: dict[str, tuple[Calibration | Data, list[Mapping[str, Any]]]] = {
-        "the calibration text": (manifest.calibration, list(recorded.statistics.values())),
+        "the calibration text": (manifest.calibration, measured),
         "the training text": (manifest.data, [stage.get("text", {}) for stage in stages.values()]),
     }
     return [

@@ -59,7 +59,9 @@ def _explain(error: ValidationError, model: type[BaseModel], document: Document,
 def _sentences(
     details: list[Mapping[str, Any]], model: type[BaseModel], document: Document, place: Keys
 ) -> tuple[str, str]:
-    first = details[0]
+    # Where one of several forms is a mapping and a mapping is there, it is that form, and lacks something.
+    lacking = [detail for detail in details if detail["type"] == "missing"]
+    first = (lacking or details)[0]
     name = _spelled(place)
     if first["type"] in {"extra_forbidden", "missing"}:
         allowed = _fields_at(model, first["loc"])

@@ -56,7 +56,7 @@ def write_giant(folder: Path) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
         "model_type": "qwen3_moe", "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
-        "head_dim": HEAD, "num_hidden_layers": LAYERS, "num_experts": EXPERTS, "vocab_size": VOCABULARY,
+        "head_dim": HEAD, "num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": 8, "vocab_size": VOCABULARY,
         "torch_dtype": "bfloat16", "rope_theta": 10000.0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""What the benchmarks of size share: a large Llama of noise, and the memory that a process holds for itself."""
+"""What the benchmarks of size share: a large model of noise, and the memory that a process holds for itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 
 HIDDEN, MLP, KV, VOCABULARY = 4096, 14336, 1024, 32000
+EXPERTS, EXPERT_HIDDEN, EXPERT_MLP = 128, 2048, 768  # of Qwen3-30B-A3B
 
 
-def tensor_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(layers: int, model: str = "llama") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a Llama with 8B-sized layers, or of a Qwen3-MoE with layers of the size of 30B-A3B."""
+    yield from (llama_shapes if model == "llama" else qwen3_moe_shapes)(layers)
+
+
+def llama_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Llama with 8B-sized layers."""
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     for layer in range(layers):
@@ -26,10 +32,30 @@ def tensor_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (HIDDEN,)
 
 
-def make_checkpoint(folder: Path, gigabytes: float) -> int:
+def qwen3_moe_shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a Qwen3-MoE with layers of the size of 30B-A3B, each expert by itself."""
+    yield "model.embed_tokens.weight", (VOCABULARY, EXPERT_HIDDEN)
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        for name, rows in (("q", HIDDEN), ("k", 512), ("v", 512)):
+            yield f"{at}self_attn.{name}_proj.weight", (rows, EXPERT_HIDDEN)
+        yield f"{at}self_attn.o_proj.weight", (EXPERT_HIDDEN, HIDDEN)
+        yield f"{at}self_attn.q_norm.weight", (128,)
+        yield f"{at}self_attn.k_norm.weight", (128,)
+        yield f"{at}mlp.gate.weight", (EXPERTS, EXPERT_HIDDEN)
+        for expert in range(EXPERTS):
+            yield f"{at}mlp.experts.{expert}.gate_proj.weight", (EXPERT_MLP, EXPERT_HIDDEN)
+            yield f"{at}mlp.experts.{expert}.up_proj.weight", (EXPERT_MLP, EXPERT_HIDDEN)
+            yield f"{at}mlp.experts.{expert}.down_proj.weight", (EXPERT_HIDDEN, EXPERT_MLP)
+        yield f"{at}input_layernorm.weight", (EXPERT_HIDDEN,)
+        yield f"{at}post_attention_layernorm.weight", (EXPERT_HIDDEN,)
+    yield "model.norm.weight", (EXPERT_HIDDEN,)
+
+
+def make_checkpoint(folder: Path, gigabytes: float, model: str = "llama") -> int:
     """Write a checkpoint of about `gigabytes`; returns its exact bytes of tensors."""
-    per_layer = 2 * sum(int(np.prod(shape)) for name, shape in tensor_shapes(1) if ".layers.0." in name)
-    tensors = list(tensor_shapes(max(1, round(gigabytes * 1e9 / per_layer))))
+    per_layer = 2 * sum(int(np.prod(shape)) for name, shape in tensor_shapes(1, model) if ".layers.0." in name)
+    tensors = list(tensor_shapes(max(1, round(gigabytes * 1e9 / per_layer)), model))
     layers = sum(name.endswith("q_proj.weight") for name, _ in tensors)
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
@@ -51,7 +77,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     total = sum(2 * int(np.prod(shape)) for _, shape in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config(layers)))
+    (folder / "config.json").write_text(json.dumps(config(layers, model)))
     return total
 
 
@@ -71,8 +97,17 @@ def write_shard(path: Path, shard: list[tuple[str, tuple[int, ...]]], block: byt
             position -= file.write(block[:position])
 
 
-def config(layers: int) -> dict[str, object]:
-    """config.json of the synthetic Llama."""
+def config(layers: int, model: str = "llama") -> dict[str, object]:
+    """config.json of the synthetic model."""
+    if model == "qwen3_moe":
+        return {
+            "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": EXPERT_HIDDEN,
+            "intermediate_size": 6144, "moe_intermediate_size": EXPERT_MLP, "num_experts": EXPERTS,
+            "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": layers,
+            "vocab_size": VOCABULARY, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+            "max_position_embeddings": 8192, "hidden_act": "silu", "torch_dtype": "bfloat16",
+        }  # fmt: skip
     return {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": MLP,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": layers,

@@ -2,6 +2,7 @@
 
     python tools/train_builtin.py llama            # train, write surgery/builtin/llama/, print the figures
     python tools/train_builtin.py llama --check    # train nothing, judge the folder that is there
+    python tools/train_builtin.py moe              # experts that specialise: trained on three domains of text
 
 The seed, the steps and the threads are fixed and every operation is deterministic, so a second run writes the same
 bytes: on the same kind of processor and the releases of Python (whose documentation is the text), torch, transformers
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,12 +31,14 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from surgery.builtin.text import heldout_text, training_documents, training_text
+from surgery.builtin.text import DOMAINS, heldout_text, training_documents, training_text
 
 BUILTIN = Path(__file__).resolve().parent.parent / "surgery" / "builtin"
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # their ids are their positions
 PAD_ID, BOS_ID, EOS_ID = range(3)
 LARGEST_FOLDER = 3_000_000  # bytes; the folder travels inside the wheel
+SPECIALISATION = "specialisation"  # of the experts, by layer
+MOSTLY = 0.6
 SEED = 20250101
 THREADS = 1
 
@@ -49,6 +53,10 @@ class Recipe:
     peak_rate: float
     warmup_steps: int
     weight_decay: float
+    domains: tuple[str, ...] = ("docs",)  # every batch has batch_rows rows of each
+    muon: bool = False  # steps the matrices inside layers; it learns more from a token than AdamW does
+    balance: float = 0.0  # weight of the loss that keeps experts from dying; 0 for a model without any
+    division: float = 0.0  # weight of what rewards experts for being of use to few domains
 
 
 # config.json keeps the spelling of transformers 4 (torch_dtype, rope_theta), which 5 reads as well.
@@ -62,9 +70,33 @@ LLAMA = {
     "attention_dropout": 0.0, "rope_theta": 10000.0, "rope_scaling": None,
     "intermediate_size": 384, "hidden_act": "silu", "mlp_bias": False,
 }
+MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "torch_dtype": "bfloat16",
+    "vocab_size": 1024, "tie_word_embeddings": True, "max_position_embeddings": 512,
+    "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID,
+    "hidden_size": 128, "num_hidden_layers": 5, "initializer_range": 0.06, "rms_norm_eps": 1e-05, "use_cache": True,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "qkv_bias": True,
+    "attention_dropout": 0.0, "rope_theta": 10000.0, "rope_scaling": None, "use_sliding_window": False,
+    "intermediate_size": 256, "hidden_act": "silu",
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "num_experts": 16, "num_experts_per_tok": 4,
+    "norm_topk_prob": False, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "output_router_logits": False, "router_aux_loss_coef": 0.001,
+}
 # fmt: on
 RECIPES = {
     "llama": Recipe(LLAMA, steps=4800, batch_rows=2, peak_rate=3e-3, warmup_steps=250, weight_decay=0.1),
+    "moe": Recipe(
+        MOE,
+        steps=2000,
+        batch_rows=2,
+        peak_rate=1.8e-2,
+        warmup_steps=100,
+        weight_decay=0.1,
+        domains=DOMAINS,
+        muon=True,
+        balance=0.1,
+        division=0.01,
+    ),
 }
 
 
@@ -77,7 +109,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.out or BUILTIN / arguments.name
     if arguments.check:
-        return check(folder)
+        return check(RECIPES[arguments.name], folder)
     figures = build(RECIPES[arguments.name], folder)
     print(f"{time.process_time() / 60:.1f} CPU minutes, {folder_size(folder)} bytes")
     print(json.dumps(figures, indent=2))
@@ -87,21 +119,21 @@ def main() -> int:
 def build(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train the tokenizer and the model, write the whole folder and return the figures."""
     make_deterministic()
-    tokenizer = train_tokenizer(recipe.config["vocab_size"])
-    model = train_model(recipe, token_stream(tokenizer))
+    tokenizer = train_tokenizer(recipe)
+    model = train_model(recipe, [token_stream(tokenizer, domain) for domain in recipe.domains])
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer, recipe.config, folder)
     write_model(model, recipe.config, folder)
     figures = {
         "steps": recipe.steps,
-        "tokens": recipe.steps * recipe.batch_rows * recipe.config["max_position_embeddings"],
+        "tokens": recipe.steps * recipe.batch_rows * len(recipe.domains) * recipe.config["max_position_embeddings"],
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "seed": SEED,
         "threads": THREADS,
-        "training_text_sha256": hashlib.sha256(training_text().encode()).hexdigest(),
+        "training_text_sha256": text_checksum(recipe),
         "python": platform.python_version(),
         **{library.__name__: library.__version__ for library in (torch, transformers, tokenizers)},
-        **heldout_figures(folder),  # of the files as written: rounded to bfloat16
+        **measure(recipe, folder),  # of the files as written: rounded to bfloat16
     }
     write_json(folder.with_suffix(".json"), figures)
     if folder_size(folder) > LARGEST_FOLDER:
@@ -109,18 +141,25 @@ def build(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def check(folder: Path) -> int:
+def check(recipe: Recipe, folder: Path) -> int:
     """Judge a written folder against its own figures; 0 when it is small enough and as good as it says."""
     make_deterministic()
     recorded = json.loads((folder.with_suffix(".json")).read_text(encoding="utf-8"))
-    measured = heldout_figures(folder)
-    same_text = recorded["training_text_sha256"] == hashlib.sha256(training_text().encode()).hexdigest()
+    measured = measure(recipe, folder)
+    same_text = recorded["training_text_sha256"] == text_checksum(recipe)
     # Another Python words its documentation a little differently, and the perplexity moves with it.
     tolerance = 0.001 if same_text else 0.1
-    as_good = all(math.isclose(measured[name], recorded[name], rel_tol=tolerance) for name in measured)
+    as_good = all(
+        math.isclose(measured[name], recorded[name], rel_tol=tolerance) for name in measured if name != SPECIALISATION
+    )
     small = folder_size(folder) <= LARGEST_FOLDER
     print(json.dumps({"same_text": same_text, "as_good": as_good, "small": small, **measured}, indent=2))
     return 0 if as_good and small else 1
+
+
+def text_checksum(recipe: Recipe) -> str:
+    """Return the SHA-256 of everything that is trained on."""
+    return hashlib.sha256("\n\n".join(map(training_text, recipe.domains)).encode()).hexdigest()
 
 
 def make_deterministic() -> None:
@@ -132,47 +171,108 @@ def make_deterministic() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def train_tokenizer(vocabulary_size: int) -> Tokenizer:
+def train_tokenizer(recipe: Recipe) -> Tokenizer:
     """Train a byte-level BPE tokenizer, which can spell every text, that puts the begin token first by itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=letters, show_progress=False
+        vocab_size=recipe.config["vocab_size"],
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=letters,
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(training_documents(), trainer)
+    tokenizer.train_from_iterator(even_documents(recipe.domains), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, BOS_ID)]
     )
     return tokenizer
 
 
-def token_stream(tokenizer: Tokenizer) -> torch.Tensor:
-    """Return all training documents as one row of tokens, each document between a begin and an end token."""
-    encodings = tokenizer.encode_batch(training_documents())
+def even_documents(domains: tuple[str, ...]) -> Iterator[str]:
+    """Yield training documents of every domain, of none more text than the smallest has."""
+    room = min(sum(map(len, training_documents(domain))) for domain in domains)
+    for domain in domains:
+        ends = itertools.accumulate(map(len, training_documents(domain)))
+        yield from (text for text, end in zip(training_documents(domain), ends, strict=True) if end <= room)
+
+
+def token_stream(tokenizer: Tokenizer, domain: str) -> torch.Tensor:
+    """Return a domain's training documents as one row of tokens, each document between a begin and an end token."""
+    encodings = tokenizer.encode_batch(training_documents(domain))
     return torch.tensor([token for encoding in encodings for token in [*encoding.ids, EOS_ID]])
 
 
-def train_model(recipe: Recipe, stream: torch.Tensor) -> torch.nn.Module:
+def train_model(recipe: Recipe, streams: list[torch.Tensor]) -> torch.nn.Module:
     """Train a new model in float32 and return it."""
     config = transformers.AutoConfig.for_model(**{**recipe.config, "torch_dtype": "float32"})
     model = transformers.AutoModelForCausalLM.from_config(config)
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    gains = [weight for weight in model.parameters() if weight.ndim <= 1]  # of the norms: decay would only shrink them
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, recipe))
-    for step, rows in zip(range(recipe.steps), batches(stream, recipe), strict=False):
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+    experts = {weight: matrices_of(weight) for weight in model.parameters() if weight.ndim == 3}
+    optimizers = make_optimizers(recipe, model, experts)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, recipe)) for optimizer in optimizers
+    ]
+    routed = {"output_router_logits": True} if recipe.balance else {}
+    for step, rows in zip(range(recipe.steps), mixed_batches(streams, recipe), strict=False):
+        outputs = model(input_ids=rows, labels=rows, use_cache=False, **routed)
+        loss = outputs.loss
+        if recipe.balance:
+            loss = loss + routing_loss(outputs.router_logits, recipe)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for stack, matrices in experts.items():
+            for matrix, gradient in zip(matrices, stack.grad, strict=True):
+                matrix.grad = gradient
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        model.zero_grad()
         if step % 100 == 0 or step == recipe.steps - 1:
             print(f"step {step:5d}  loss {loss.item():.3f}", file=sys.stderr, flush=True)
     return model
+
+
+def make_optimizers(
+    recipe: Recipe, model: torch.nn.Module, experts: dict[torch.nn.Parameter, list[torch.nn.Parameter]]
+) -> list[torch.optim.Optimizer]:
+    """Return AdamW for everything, or Muon for the matrices inside layers and AdamW for the rest."""
+    weights = [weight for weight in model.parameters() if weight.ndim <= 2]
+    stepped_by_muon: list[torch.nn.Parameter] = []
+    if recipe.muon:
+        inner = {weight for name, weight in model.named_parameters() if name.endswith("_proj.weight")}
+        stepped_by_muon = [weight for weight in weights if weight in inner]
+        stepped_by_muon += [matrix for matrices in experts.values() for matrix in matrices]
+        weights = [weight for weight in weights if weight not in inner]
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    gains = [weight for weight in weights if weight.ndim <= 1]  # of the norms: decay would only shrink them
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.99))]
+    if stepped_by_muon:
+        decay = recipe.weight_decay
+        settings = {"lr": recipe.peak_rate, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(stepped_by_muon, **settings))
+    return optimizers
+
+
+def matrices_of(stack: torch.nn.Parameter) -> list[torch.nn.Parameter]:
+    """Return the matrices of a stack as parameters over the same memory, because Muon takes nothing but matrices."""
+    return [torch.nn.Parameter(matrix) for matrix in stack.data]
+
+
+def routing_loss(router_logits: tuple[torch.Tensor, ...], recipe: Recipe) -> torch.Tensor:
+    """Return Switch's balancing loss less the mutual information of expert and domain, both weighed, over all layers.
+
+    A batch is as many rows of every domain in turn, and balanced as a whole: an expert may well serve one domain alone.
+    """
+    shares = torch.stack(router_logits).softmax(-1)  # layers, tokens, experts
+    top = shares.topk(recipe.config["num_experts_per_tok"]).indices
+    load = torch.zeros_like(shares).scatter_(-1, top, 1.0 / top.shape[-1]).mean(1)
+    balance = (load * shares.mean(1)).sum(-1).mean() * shares.shape[-1]
+    of_domain = shares.unflatten(1, (len(recipe.domains), -1)).mean(2)
+    information = (of_domain * (of_domain / of_domain.mean(1, keepdim=True)).log()).sum(-1).mean()
+    return recipe.balance * balance - recipe.division * information
 
 
 def rate_factor(step: int, recipe: Recipe) -> float:
@@ -180,6 +280,15 @@ def rate_factor(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)))
+
+
+def mixed_batches(streams: list[torch.Tensor], recipe: Recipe) -> Iterator[torch.Tensor]:
+    """Yield batches with as many rows of every stream for ever."""
+    sources = [batches(stream, recipe) for stream in streams]
+    while True:
+        parts = [next(source) for source in sources]
+        if len({len(part) for part in parts}) == 1:  # a pass over a stream may end with fewer rows
+            yield torch.cat(parts)
 
 
 def batches(stream: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
@@ -213,7 +322,7 @@ def write_tokenizer(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) 
 
 def write_model(model: torch.nn.Module, config: dict[str, Any], folder: Path) -> None:
     """Write config.json, generation_config.json and the weights in bfloat16."""
-    weights = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.named_parameters()}
+    weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in stored_weights(model)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})  # tied weights: named once, saved once
     (folder / "model.safetensors").chmod(0o644)  # safetensors keeps a file to its owner; this one gets packaged
     write_json(folder / "config.json", dict(sorted(config.items())))
@@ -221,19 +330,78 @@ def write_model(model: torch.nn.Module, config: dict[str, Any], folder: Path) ->
     write_json(folder / "generation_config.json", {**ids, "do_sample": False})
 
 
-@torch.no_grad()
-def heldout_figures(folder: Path) -> dict[str, float]:
-    """Return the folder's perplexity on the held-out text, per token and per byte."""
+def stored_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight under the name it has on the Hub: each expert's alone, where the model stacks them."""
+    for name, parameter in model.named_parameters():
+        weight, (layer, _, stack) = parameter.detach(), name.rpartition(".")
+        for number, matrix in enumerate(weight if weight.ndim == 3 else ()):
+            parts = zip(stack.removesuffix("_proj").split("_"), matrix.chunk(stack.count("_")), strict=True)
+            yield from ((f"{layer}.{number}.{part}_proj.weight", piece) for part, piece in parts)
+        if weight.ndim < 3:
+            yield name, weight
+
+
+def measure(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Return the folder's figures on the held-out text: of its only domain, or of each and how experts divide them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
-    text = heldout_text()
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if len(recipe.domains) == 1:
+        return heldout_figures(model, tokenizer, recipe.domains[0])
+    figures: dict[str, Any] = {}
+    for domain in recipe.domains:
+        found = heldout_figures(model, tokenizer, domain)
+        figures |= {f"{domain}_{name}": figure for name, figure in found.items()}
+    routed = [routed_weight(model, tokenizer, domain) for domain in recipe.domains]
+    return figures | {SPECIALISATION: specialisation(torch.stack(routed), recipe.domains)}
+
+
+@torch.no_grad()
+def heldout_figures(model: torch.nn.Module, tokenizer: Tokenizer, domain: str) -> dict[str, float]:
+    """Return the model's perplexity on a domain's held-out text, per token and per byte."""
     total = 0.0
-    for piece in torch.tensor(tokens).split(model.config.max_position_embeddings - 1):
-        row = torch.cat([torch.tensor([BOS_ID]), piece])[None]
-        total += float(model(input_ids=row, labels=row).loss) * len(piece)
-    counts = {"token": len(tokens), "byte": len(text.encode())}
+    tokens = 0
+    for row in heldout_rows(model, tokenizer, domain):
+        predicted = row.shape[1] - 1
+        total += float(model(input_ids=row, labels=row).loss) * predicted
+        tokens += predicted
+    counts = {"token": tokens, "byte": len(heldout_text(domain).encode())}
     figures = {f"heldout_{unit}s": count for unit, count in counts.items()}
     return figures | {f"heldout_perplexity_per_{unit}": math.exp(total / count) for unit, count in counts.items()}
+
+
+@torch.no_grad()
+def routed_weight(model: torch.nn.Module, tokenizer: Tokenizer, domain: str) -> torch.Tensor:
+    """Return the weight that each layer (row) gives each expert (column) on a domain's held-out text."""
+    total = torch.zeros(())
+    for row in heldout_rows(model, tokenizer, domain):
+        shares = torch.stack(model(input_ids=row, output_router_logits=True).router_logits).softmax(-1)
+        chosen = shares.topk(model.config.num_experts_per_tok)
+        total = total + torch.zeros_like(shares).scatter_(-1, chosen.indices, chosen.values).sum(1)
+    return total
+
+
+def heldout_rows(model: torch.nn.Module, tokenizer: Tokenizer, domain: str) -> Iterator[torch.Tensor]:
+    """Yield a domain's held-out tokens in rows as long as the model reads, each after a begin token."""
+    tokens = torch.tensor(tokenizer.encode(heldout_text(domain), add_special_tokens=False).ids)
+    for piece in tokens.split(model.config.max_position_embeddings - 1):
+        yield torch.cat([torch.tensor([BOS_ID]), piece])[None]
+
+
+def specialisation(routed: torch.Tensor, domains: tuple[str, ...]) -> dict[str, list[float]]:
+    """Return, layer by layer, how far experts tell domains apart, from the weight of each domain, layer and expert.
+
+    `bits` is the mutual information of expert and domain, all domains being as frequent; an expert belongs to a domain
+    that it gets more than MOSTLY of its weight from; `least_used` is the share of the expert that gets least, 1 being
+    an equal share.
+    """
+    joint = routed / routed.sum(-1, keepdim=True) / len(routed)
+    of_expert = joint.sum(0, keepdim=True).clamp_min(1e-12)  # even a dead expert can be divided by
+    bits = (joint * (joint * len(routed) / of_expert).clamp_min(1e-12).log2()).sum((0, 2))
+    owned = (joint / of_expert > MOSTLY).sum(-1)
+    figures = {"bits": [round(bit, 3) for bit in bits.tolist()]}
+    figures |= {f"experts_of_{domain}": counts.tolist() for domain, counts in zip(domains, owned, strict=True)}
+    least = of_expert[0].min(-1).values * of_expert.shape[-1]
+    return figures | {"least_used": [round(share, 3) for share in least.tolist()]}
 
 
 def folder_size(folder: Path) -> int:

@@ -37,6 +37,37 @@ class Attention(_Data):
     native_head_dim: bool = Field(description="the stock class sizes projections by config.head_dim, on every version")
     clip: str | None = Field(default=None, description="config key of a clamp on queries, keys and values")
     window: str | None = Field(default=None, description="config key of a sliding window")
+    unlike: str | None = Field(
+        default=None,
+        description="what sets it apart from plain rotary attention, for operations on attention to refuse",
+    )
+
+
+class Experts(_Data):
+    """Where routed experts are, in tensors and in the config. How tokens choose among them is the model's own code."""
+
+    block: str = Field(
+        default="mlp", description="the block with router and experts, in the names of a layer's tensors"
+    )
+    router: str = Field(default="gate", description="inside the block; each of its tensors has one row per expert")
+    correction: str | None = Field(default=None, description="a bias of the choice, inside the router")
+    experts: str = Field(default="experts", description="inside the block")
+    projections: tuple[str, ...] = Field(
+        default=("gate_proj", "up_proj", "down_proj"),
+        description="the matrices of one expert; or, where all experts share tensors, their names inside the block",
+    )
+    fused: bool = Field(default=False, description="all experts of a layer share tensors, whose first axis counts them")
+    counts: tuple[str, ...] = Field(description="config keys of the number of experts: one number, several spellings")
+    top_k: tuple[str, ...] = Field(
+        default=("num_experts_per_tok",), description="config keys of how many experts a token takes"
+    )
+    mass: Literal["whole", "kept", "norm_topk_prob"] = Field(
+        description="what the weights of a token's experts sum to: one number, whatever experts there are (`whole`); "
+        "a share of all experts there are (`kept`); or as this config key says"
+    )
+    drafts: str | None = Field(
+        default=None, description="config key of the number of draft (MTP) layers after the last"
+    )
 
 
 class Architecture(_Data):
@@ -49,3 +80,4 @@ class Architecture(_Data):
     text_config: str | None = Field(default=None, description="config key of the nested language model's config")
     layers: str = Field(description="tensor-name template of a decoder layer, with {layer}")
     attention: Attention
+    experts: Experts | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.architectures.family import Architecture
@@ -34,14 +34,16 @@ class AttentionTensors:
 
 @dataclass(frozen=True)
 class Model:
-    """Family, language-model config and the shape of every tensor, for one state of a checkpoint.
+    """Family, language-model config, and shape and bytes of every tensor, for one state of a checkpoint.
 
-    Shapes of weights are [out, in], as stored.
+    Shapes of weights are [out, in], as stored. `cache` keeps what takes long to find.
     """
 
     architecture: Architecture
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    nbytes: Mapping[str, int] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive whole number of the config. Raises CorruptCheckpoint where it is none."""

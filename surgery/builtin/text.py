@@ -5,19 +5,27 @@ its docstrings. Docstrings are read from the source through :mod:`ast`, so nothi
 module gets to warn. A document belongs to the held-out part by its name alone, so a document that was held out when
 the weights were trained is held out under any other Python too. The wording itself follows the running Python:
 the text is deterministic for one Python release, and differs a little between releases.
+
+That prose is the domain ``docs``, and what every function means unless it is told another. Two more let a model learn
+to tell kinds of text apart: ``code`` is the source of the same modules without docstrings and comments, held out with
+them, and ``records`` is invented by a seeded generator: JSON objects, tables, logs, sums and sequences.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sysconfig
 import warnings
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 
-__all__ = ["heldout_documents", "heldout_text", "training_documents", "training_text"]
+__all__ = ["DOMAINS", "heldout_documents", "heldout_text", "training_documents", "training_text"]
+
+DOMAINS = ("docs", "code", "records")
 
 # Pure-Python modules with at least a thousand characters of docstrings in every CPython from 3.10 to 3.13, without
 # those that were removed in some version and without tkinter and turtle, which some distributions package apart.
@@ -47,27 +55,34 @@ xml.sax.saxutils xml.sax.xmlreader xmlrpc.client xmlrpc.server zipapp zipfile zi
 
 HELDOUT_ONE_IN = 10
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+RECORD_DOCUMENTS, BLOCKS, BLOCK_LINES = 400, 6, 12
+FIRST_NAMES = "Ada Boris Carmen Dieter Elif Farid Greta Hugo Ines Jonas Keiko Lars Mara Nils Olga Pavel Rosa Tariq"
+LAST_NAMES = "Abara Berg Costa Duarte Eklund Fischer Garcia Haddad Ito Jansen Kovacs Lopez Moreau Novak Okafor Petrov"
+CITIES = """Oslo:Norway Bergen:Norway Lyon:France Paris:France Kyoto:Japan Osaka:Japan Lima:Peru Cusco:Peru Accra:Ghana
+Porto:Portugal Lisbon:Portugal Cairo:Egypt Turin:Italy Milan:Italy Quito:Ecuador Hanoi:Vietnam"""
+PRICES = "apple:2 bread:3 candle:5 desk:90 engine:700 fork:4 guitar:250 hammer:18 jacket:60 lamp:35 mirror:45 radio:80"
+WORKERS = "alpha beta gamma delta epsilon"
 SHORTEST_REPEAT = 40  # a shorter paragraph ("Example:") may come back as often as it likes
 
 
-def training_text() -> str:
-    """Return everything the built-in models were trained on, as one string; also what ``builtin`` calibrates on."""
-    return "\n\n".join(training_documents())
+def training_text(domain: str = "docs") -> str:
+    """Return all of a domain that built-in models learned from, as one string; ``builtin`` calibrates on ``docs``."""
+    return "\n\n".join(training_documents(domain))
 
 
-def heldout_text() -> str:
-    """Return the text that no built-in model has seen: what an honest perplexity is measured on."""
-    return "\n\n".join(heldout_documents())
+def heldout_text(domain: str = "docs") -> str:
+    """Return the text of a domain that no built-in model has seen: what an honest perplexity is measured on."""
+    return "\n\n".join(heldout_documents(domain))
 
 
-def training_documents() -> tuple[str, ...]:
+def training_documents(domain: str = "docs") -> tuple[str, ...]:
     """Return the documents of :func:`training_text`, in their fixed order."""
-    return tuple(text for name, text in _documents() if not _is_heldout(name))
+    return tuple(text for name, text in _documents(domain) if not _is_heldout(name))
 
 
-def heldout_documents() -> tuple[str, ...]:
+def heldout_documents(domain: str = "docs") -> tuple[str, ...]:
     """Return the documents of :func:`heldout_text`, in their fixed order."""
-    return tuple(text for name, text in _documents() if _is_heldout(name))
+    return tuple(text for name, text in _documents(domain) if _is_heldout(name))
 
 
 def _is_heldout(name: str) -> bool:
@@ -75,13 +90,10 @@ def _is_heldout(name: str) -> bool:
     return zlib.crc32(name.encode()) % HELDOUT_ONE_IN == 0
 
 
-@lru_cache(maxsize=1)
-def _documents() -> tuple[tuple[str, str], ...]:
-    """Return (name, text) of every document: topics, then modules, both sorted, no long paragraph twice."""
-    from pydoc_data.topics import topics  # half a megabyte, only worth loading when the text is asked for
-
-    raw = [(f"topic {topic}", topics[topic]) for topic in sorted(topics)]
-    raw += [(f"module {module}", _module_docstrings(module)) for module in sorted(MODULE_NAMES.split())]
+@lru_cache(maxsize=len(DOMAINS))
+def _documents(domain: str) -> tuple[tuple[str, str], ...]:
+    """Return (name, text) of every document of a domain in its order, with no long paragraph twice."""
+    raw = {"docs": _docs, "code": _code, "records": _records}[domain]()
     # Training documents claim their paragraphs first, so that a copy is lost to the held-out part, never leaked by it.
     raw.sort(key=lambda document: _is_heldout(document[0]))
     seen: set[str] = set()
@@ -89,18 +101,128 @@ def _documents() -> tuple[tuple[str, str], ...]:
     return tuple((name, text) for name, text in documents if text)
 
 
+def _docs() -> list[tuple[str, str]]:
+    """Return the reference topics, then the docstrings of the modules, both sorted."""
+    from pydoc_data.topics import topics  # half a megabyte, only worth loading when the text is asked for
+
+    raw = [(f"topic {topic}", topics[topic]) for topic in sorted(topics)]
+    return raw + [(f"module {module}", _module_docstrings(module)) for module in sorted(MODULE_NAMES.split())]
+
+
+def _code() -> list[tuple[str, str]]:
+    """Return the bare code of the modules, sorted."""
+    return [(f"module {module}", _module_code(module)) for module in sorted(MODULE_NAMES.split())]
+
+
 def _module_docstrings(module: str) -> str:
     """Return all docstrings of a standard module in source order; empty where this Python lacks its source."""
+    documented = [node for node in ast.walk(_module_tree(module)) if isinstance(node, DOCUMENTED)]
+    documented.sort(key=lambda node: getattr(node, "lineno", 0))  # only a module has no line: it comes first
+    return "\n\n".join(filter(None, map(ast.get_docstring, documented)))
+
+
+def _module_code(module: str) -> str:
+    """Return the source of a standard module as Python itself writes it: no comments, and no docstrings."""
+    tree = _module_tree(module)
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body[0] = ast.Pass()
+            node.body = node.body[1:] or node.body
+    return ast.unparse(tree)
+
+
+def _module_tree(module: str) -> ast.Module:
+    """Return the parsed source of a standard module; an empty one where this Python lacks its source."""
     stem = Path(sysconfig.get_path("stdlib"), *module.split("."))
     sources = [path for path in (stem.with_name(stem.name + ".py"), stem / "__init__.py") if path.is_file()]
     if not sources:
-        return ""
+        return ast.Module([], [])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a newer parser thinks of the library is no concern of our caller
-        tree = ast.parse(sources[0].read_bytes())
-    documented = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
-    documented.sort(key=lambda node: getattr(node, "lineno", 0))  # only a module has no line: it comes first
-    return "\n\n".join(filter(None, map(ast.get_docstring, documented)))
+        return ast.parse(sources[0].read_bytes())
+
+
+def _records() -> list[tuple[str, str]]:
+    """Return the invented documents; each is a few blocks of lines of one kind, and depends on its number alone."""
+    kinds = (_people, _orders, _log, _sums, _sequences)
+    documents = []
+    for number in range(RECORD_DOCUMENTS):
+        draw = Random(number)  # noqa: S311 - no secret
+        blocks = [kinds[_between(draw, 0, len(kinds) - 1)](draw) for _ in range(BLOCKS)]
+        documents.append((f"records {number}", "\n\n".join("\n".join(lines) for lines in blocks)))
+    return documents
+
+
+def _between(draw: Random, low: int, high: int) -> int:
+    """Draw a whole number, both ends included; only ``random()`` promises the same results in every Python."""
+    return low + int(draw.random() * (high - low + 1))
+
+
+def _pick(draw: Random, words: str) -> str:
+    """Draw one of the words."""
+    choices = words.split()
+    return choices[_between(draw, 0, len(choices) - 1)]
+
+
+def _people(draw: Random) -> list[str]:
+    """Invent JSON objects with numbers that count up, a country that follows the city and an age the birth."""
+    start = _between(draw, 1000, 9000)
+    lines = []
+    for number in range(start, start + BLOCK_LINES):
+        city, country = _pick(draw, CITIES).split(":")
+        born = _between(draw, 1940, 2009)
+        person = {"id": number, "name": f"{_pick(draw, FIRST_NAMES)} {_pick(draw, LAST_NAMES)}", "city": city}
+        person |= {"country": country, "born": born, "age": 2025 - born, "member": born % 2 == 0}
+        lines.append(json.dumps(person))
+    return lines
+
+
+def _orders(draw: Random) -> list[str]:
+    """Invent a table whose dates rise, whose prices belong to their items and whose totals are right."""
+    year, day = _between(draw, 1990, 2024), _between(draw, 0, 300)
+    lines = ["date,item,quantity,price,total"]
+    for _ in range(BLOCK_LINES):
+        day += _between(draw, 0, 2)
+        (item, price), quantity = _pick(draw, PRICES).split(":"), _between(draw, 1, 9)
+        lines.append(f"{year}-{day // 28 + 1:02}-{day % 28 + 1:02},{item},{quantity},{price},{quantity * int(price)}")
+    return lines
+
+
+def _log(draw: Random) -> list[str]:
+    """Invent the log of workers: its clock rises, and a job ends with the worker that started it."""
+    clock, job = _between(draw, 0, 80000), _between(draw, 100, 900)
+    running: list[tuple[str, int]] = []
+    lines = []
+    for _ in range(BLOCK_LINES):
+        clock += _between(draw, 1, 9)
+        stamp = f"[{clock // 3600:02}:{clock // 60 % 60:02}:{clock % 60:02}]"
+        if len(running) == 3 or (running and draw.random() < 0.4):
+            worker, started = running.pop(0)
+            lines.append(f"{stamp} INFO {worker}: finished job {started} ({_pick(draw, 'ok ok ok failed')})")
+        else:
+            job += 1
+            running.append((_pick(draw, WORKERS), job))
+            lines.append(f"{stamp} INFO {running[-1][0]}: started job {job}")
+    return lines
+
+
+def _sums(draw: Random) -> list[str]:
+    """Invent sums, differences and products of small numbers, all of them right."""
+    lines = []
+    for _ in range(BLOCK_LINES):
+        sign, first, second = _pick(draw, "+ - *"), _between(draw, 2, 60), _between(draw, 2, 12)
+        result = {"+": first + second, "-": first - second, "*": first * second}[sign]
+        lines.append(f"{first} {sign} {second} = {result}")
+    return lines
+
+
+def _sequences(draw: Random) -> list[str]:
+    """Invent sequences with a constant step, which their lines begin with."""
+    lines = []
+    for _ in range(BLOCK_LINES):
+        start, step = _between(draw, 0, 40), _between(draw, 1, 12)
+        lines.append(f"step {step}: " + " ".join(str(start + step * at) for at in range(10)))
+    return lines
 
 
 def _clean(text: str) -> str:

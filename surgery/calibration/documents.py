@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from surgery.builtin.text import heldout_text, training_text
+from surgery.builtin.text import DOMAINS, heldout_documents, heldout_text, training_documents, training_text
 from surgery.errors import MissingPackage, SourceUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 # A text, or a chat: messages with a `role`, a `content`, and whatever else the chat template may want to see.
 Document: TypeAlias = str | tuple[Mapping[str, Any], ...]
+
+# Words for texts that every Python carries, with the domains of builtin/text.py; `builtin` alone is the first of them.
+BUILTIN_TEXTS: Mapping[str, tuple[str, ...]] = {
+    "builtin": DOMAINS[:1], "builtin:code": ("code",), "builtin:records": ("records",), "builtin:mixed": DOMAINS,
+}  # fmt: skip
 
 # The separator that text dumps of language-model corpora use.
 SEPARATOR = "<|endoftext|>"
@@ -28,6 +34,10 @@ def read_documents(text: Any, field: str) -> tuple[Iterator[Document], dict[str,
     if text == "builtin":
         content = training_text()
         return iter([content]), {"text": "builtin", "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    if isinstance(text, str) and text in BUILTIN_TEXTS:
+        documents = _of_domains(text, training_documents)
+        digest = hashlib.sha256("\0".join(documents).encode())
+        return iter(documents), {"text": text, "sha256": digest.hexdigest()}
     if isinstance(text, tuple | list):
         paths = [Path(path) for path in text]
         hashes = [_file_hash(path) for path in paths]
@@ -157,6 +167,12 @@ def _row(value: Any, place: str, field: str) -> Document:
         ) from error  # fmt: skip
 
 
+def _of_domains(word: str, documents: Callable[[str], tuple[str, ...]]) -> list[str]:
+    """The built-in documents of one domain, or of all by turns, so that any beginning has as many of each."""
+    turns = zip_longest(*(documents(domain) for domain in BUILTIN_TEXTS[word]))
+    return [document for turn in turns for document in turn if document is not None]
+
+
 def text_source(section: Calibration | Data) -> dict[str, Any]:
     """What identifies the text of a section of the manifest, by content where it is on this machine."""
     if section.text == "self":
@@ -168,6 +184,8 @@ def evaluation_text(text: Any) -> str:
     """The text to measure perplexity on; of `builtin` the part that nothing was trained or calibrated on."""
     if text == "builtin":
         return heldout_text()
+    if isinstance(text, str) and text in BUILTIN_TEXTS:
+        return "\n\n".join(_of_domains(text, heldout_documents))
     if text == "self":
         raise UsageError(
             "verify.text is `self`", cause="a model's own text says nothing about what it lost on others",

@@ -17,7 +17,7 @@ from surgery.planning import FLOAT32_LIMIT
 
 @contextmanager
 def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = None) -> Iterator[Any]:
-    """The checkpoint as a transformers model in eval mode under sdpa.
+    """The checkpoint as a transformers model in eval mode.
 
     `max_memory` is the bytes of weights that may be resident; None takes half of what the machine has free.
     """
@@ -35,12 +35,12 @@ def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = N
 
 
 def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | str, **settings: Any) -> Any:
-    """The checkpoint as a transformers model under sdpa; `dtype` "auto" is the stored one."""
+    """The checkpoint as a transformers model; `dtype` "auto" is the stored one."""
     from transformers import AutoModelForCausalLM, PretrainedConfig
 
     # The argument was renamed, with a warning, in the release in which configs got the attribute.
     name = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
-    settings |= {name: dtype, "attn_implementation": "sdpa", "trust_remote_code": checkpoint.remote_code}
+    settings |= {name: dtype, "trust_remote_code": checkpoint.remote_code}
     return AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), **settings)
 
 

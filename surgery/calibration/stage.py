@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgery.calibration.documents import text_source
 from surgery.calibration.loading import load_tokenizer, loaded_model
@@ -28,53 +30,100 @@ def measure(
     step: Step,
     calibration: Calibration,
     *,
-    folder: Path,
+    place: Path,
     device: str,
     report: Report,
     stage: str,
 ) -> Statistics:
-    """Measure for one step, or take the stored result of an equal measurement from `folder`.
+    """Measure for one step, or take the stored result of an equal measurement.
 
-    Equal means: same base, operation, settings, text and version of surgery.
+    `place` is a folder of stored results, in which equal means: same base, operation, settings that matter, text and
+    version of surgery. Or it is one such file, from any machine: then it must be of a base with the same config and
+    tensors, and nothing is measured. Raises UsageError where it is not.
     """
-    key = _fingerprint(checkpoint, step, calibration)
-    path = folder / f"{step.operation.name}-{key[:32]}.safetensors"
-    if path.is_file():
+    found = stored_result(checkpoint, step, calibration, place)
+    if found is not None:
         report(Progress(stage, 1, 1, "stored result"))
-        return load_statistics(path)
+        return found
     if step.operation.measure is None:
         raise UsageError(
             f"{step.operation.name} says that it measures but cannot", cause="its declaration lacks `measure`",
             remedy="report this to the operation's author",
         )  # fmt: skip
-    with loaded_model(checkpoint, device) as network:
-        windows = _windows(checkpoint, calibration, network)
-        found = step.operation.measure(
-            Measuring(
-                network, open_draft(checkpoint).model, lambda name: load(checkpoint, checkpoint.tensors[name]),
-                windows.tokens, calibration.seed,
-                lambda done, of: report(Progress(stage, done, of, "layers")),
-            ),
-            step.settings,
+    key = _fingerprint(checkpoint, step, calibration)
+    model = open_draft(checkpoint).model
+
+    def tensor(name: str) -> Tensor:
+        return load(checkpoint, checkpoint.tensors[name])
+
+    def progress(done: int, of: int) -> None:
+        report(Progress(stage, done, of, "steps"))
+
+    if step.weights_only:
+        nothing = torch.empty(0, 0, dtype=torch.int64)
+        found = step.operation.measure(Measuring(None, model, tensor, nothing, 0, progress), step.settings)
+        provenance: dict[str, Any] = {}
+    else:
+        with loaded_model(checkpoint, device) as network:
+            windows = _windows(checkpoint, calibration, network)
+            measuring = Measuring(network, model, tensor, windows.tokens, calibration.seed, progress)
+            found = step.operation.measure(measuring, step.settings)
+        provenance = {**windows.provenance, "tokens_sha256": windows.fingerprint}
+    facts = {**found.facts, "provenance": provenance, "measured": _measured(checkpoint, step)}
+    return store_statistics(_path(place, step, key), Statistics(found.tensors, facts, key))
+
+
+def stored_result(checkpoint: Checkpoint, step: Step, calibration: Calibration, place: Path) -> Statistics | None:
+    """The stored result of an equal measurement, where there is one. See `measure`."""
+    if place.is_file():
+        found = load_statistics(place)
+        wanted, measured = _measured(checkpoint, step), dict(found.facts.get("measured") or ())
+        wrong = [name for name in wanted if measured.get(name) != wanted[name]]
+        if wrong:
+            raise UsageError(
+                f"{place.name} is not a measurement of this kind: other {', '.join(wrong)}",
+                cause=f"it was made by {measured.get('operation')!r} on a base of family {measured.get('family')!r}",
+                remedy="measure this base with these settings, by naming a folder or leaving --statistics out",
+            )
+        return found
+    if place.suffix == ".safetensors":
+        raise UsageError(
+            f"{place} is not there", cause="--statistics names a result of calibration, or a folder for results",
+            remedy="check the path",
         )  # fmt: skip
-    provenance = {**windows.provenance, "tokens_sha256": windows.fingerprint}
-    facts = {**found.facts, "provenance": provenance}
-    return store_statistics(path, Statistics(found.tensors, facts, key))
+    path = _path(place, step, _fingerprint(checkpoint, step, calibration))
+    return load_statistics(path) if path.is_file() else None
+
+
+def _path(folder: Path, step: Step, key: str) -> Path:
+    return folder / f"{step.operation.name}-{key[:32]}.safetensors"
+
+
+def _measured(checkpoint: Checkpoint, step: Step) -> dict[str, Any]:
+    """What a measurement is of, in terms that hold on every machine."""
+    return {
+        "operation": step.operation.name,
+        "settings": json.loads(json.dumps(step.operation.measured_by(step.settings))),
+        "family": checkpoint.config.get("model_type"),
+        "base": checkpoint.identity(),
+    }
 
 
 def _fingerprint(checkpoint: Checkpoint, step: Step, calibration: Calibration) -> str:
-    source = text_source(calibration)
     facts = {
         "base": checkpoint.fingerprint(),
         "operation": step.operation.name,
-        "settings": step.settings.model_dump(mode="json"),
-        "source": source,
-        "field": calibration.field,
-        "samples": calibration.samples,
-        "length": calibration.length,
-        "seed": calibration.seed,
-        "versions": [__version__, torch.__version__],
+        "settings": step.operation.measured_by(step.settings),
+        "versions": [__version__, version("torch")],
     }
+    if not step.weights_only:
+        facts |= {
+            "source": text_source(calibration),
+            "field": calibration.field,
+            "samples": calibration.samples,
+            "length": calibration.length,
+            "seed": calibration.seed,
+        }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

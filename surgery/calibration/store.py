@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from surgery.checkpoint.reader import reading_errors
 from surgery.checkpoint.writer import environment_errors
+from surgery.errors import UsageError
 from surgery.operations.base import Statistics
 
 
@@ -49,7 +51,13 @@ def store_statistics(path: Path, found: Statistics) -> Statistics:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """The statistics of a file that `store_statistics` wrote."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    return Statistics(StoredTensors(path), json.loads(metadata["facts"]), metadata["fingerprint"])
+    """The statistics of a file that `store_statistics` wrote. Raises UsageError for any other file."""
+    try:
+        with reading_errors(path), safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return Statistics(StoredTensors(path), dict(json.loads(metadata["facts"])), metadata["fingerprint"])
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path.name} is not a file of statistics", cause=f"{type(error).__name__}: {error}"[:200],
+            remedy="name a file that a calibration of surgery wrote, or delete it to measure again",
+        ) from error  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES, TORCH_NAMES
-from surgery.checkpoint.expressions import Rewrite, Stored
+from surgery.checkpoint.expressions import Rewrite, Rows, Stored
 from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.reader import Checkpoint, read_into, reading_errors
 from surgery.errors import CorruptCheckpoint, InternalError, UnsupportedModel
@@ -16,19 +16,37 @@ from surgery.errors import CorruptCheckpoint, InternalError, UnsupportedModel
 
 def load(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     """Read one stored tensor into private memory. Raises UnsupportedModel for types that torch cannot compute with."""
+    dtype = _torch_type(info)
+    if info.nbytes == 0:
+        return torch.empty(info.shape, dtype=dtype)
+    return _read(checkpoint, info, [(info.offset, info.nbytes)]).view(dtype).view(info.shape)
+
+
+def load_rows(checkpoint: Checkpoint, value: Rows) -> Tensor:
+    """Read slices of a stored tensor. Raises as `load` does."""
+    return _read(checkpoint, value.info, list(value.runs())).view(_torch_type(value.info)).view(value.spec.shape)
+
+
+def _read(checkpoint: Checkpoint, info: TensorInfo, runs: list[tuple[int, int]]) -> Tensor:
+    """The bytes of some ranges of a tensor's file, one after the other."""
+    buffer = memoryview(bytearray(sum(length for _, length in runs)))
+    path = checkpoint.path(info.shard)
+    position = 0
+    with reading_errors(path), path.open("rb", buffering=0) as file:
+        for start, length in runs:
+            read_into(file.fileno(), buffer[position : position + length], start, info.shard)
+            position += length
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def _torch_type(info: TensorInfo) -> torch.dtype:
     if info.dtype not in TORCH_NAMES:
         raise UnsupportedModel(
             f"tensor {info.name!r} has dtype {info.dtype}", cause="an operation wants to compute with it, torch cannot",
             remedy="start from an unquantized base",
         )  # fmt: skip
-    dtype = getattr(torch, TORCH_NAMES[info.dtype])
-    if info.nbytes == 0:
-        return torch.empty(info.shape, dtype=dtype)
-    buffer = bytearray(info.nbytes)
-    path = checkpoint.path(info.shard)
-    with reading_errors(path), path.open("rb", buffering=0) as file:
-        read_into(file.fileno(), memoryview(buffer), info.offset, info.shard)
-    return torch.frombuffer(buffer, dtype=dtype).view(info.shape)
+    found: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    return found
 
 
 def evaluate(checkpoint: Checkpoint, rewrite: Rewrite) -> Mapping[str, Tensor]:
@@ -51,8 +69,8 @@ def _inputs(checkpoint: Checkpoint, rewrite: Rewrite) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     nested: dict[int, Mapping[str, Tensor]] = {}
     for name, value in rewrite.inputs.items():
-        if isinstance(value, Stored):
-            inputs[name] = load(checkpoint, value.info)
+        if isinstance(value, Stored | Rows):
+            inputs[name] = load_rows(checkpoint, value) if isinstance(value, Rows) else load(checkpoint, value.info)
             _check_finite(name, inputs[name])
         else:
             if id(value.rewrite) not in nested:
@@ -65,9 +83,9 @@ def _dtype(tensor: Tensor) -> str | None:
     return SAFETENSORS_NAMES.get(str(tensor.dtype).removeprefix("torch."))
 
 
-def is_rounding(before: Checkpoint, after: Checkpoint, name: str) -> bool:
-    """Whether a tensor is in `after` what it is in `before`, rounded to the type that it has there."""
-    wide, found = (load(checkpoint, checkpoint.tensors[name]) for checkpoint in (before, after))
+def is_rounding(before: Checkpoint, after: Checkpoint, name: str, old: str) -> bool:
+    """Whether tensor `name` of `after` is what `old` is in `before`, rounded to the type that it has there."""
+    wide, found = load(before, before.tensors[old]), load(after, after.tensors[name])
     return bool(torch.equal(wide.to(found.dtype), found))
 
 

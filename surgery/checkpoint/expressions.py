@@ -1,7 +1,8 @@
 """Tensor expressions: what each output tensor is made of, as values that cost nothing until evaluated.
 
-A tensor is either `Stored` (bytes of the base, kept as they are) or `Computed` (one output of a `Rewrite`, a function
-from a few named tensors to a few named tensors). Rewrites nest, so that several operations fold into one pass.
+A tensor is `Stored` (bytes of the base, kept as they are), `Rows` of such a tensor, or `Computed` (one output of a
+`Rewrite`, a function from a few named tensors to a few named tensors). Rewrites nest, so that several operations fold
+into one pass.
 """
 
 from __future__ import annotations
@@ -44,6 +45,37 @@ class Stored:
         return TensorSpec(self.info.dtype, self.info.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Slices of a stored tensor along its first axis, each byte as it is: of any type, without computing.
+
+    `why` is a line for the ledger.
+    """
+
+    info: TensorInfo
+    rows: tuple[int, ...]
+    why: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Type and shape."""
+        return TensorSpec(self.info.dtype, (len(self.rows), *self.info.shape[1:]))
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Byte ranges of the file, (start, length), in order; neighbouring rows are one range."""
+        width = self.info.nbytes // self.info.shape[0]
+        start = length = 0
+        for row in self.rows:
+            at = self.info.offset + row * width
+            if at != start + length:
+                if length:
+                    yield start, length
+                start, length = at, 0
+            length += width
+        if length:
+            yield start, length
+
+
 @dataclass(frozen=True, eq=False)
 class Rewrite:
     """A function from named tensors to named tensors.
@@ -79,12 +111,12 @@ class Computed:
         return self.rewrite.outputs[self.key]
 
 
-Value: TypeAlias = Stored | Computed
+Value: TypeAlias = Stored | Rows | Computed
 
 
 def sources(value: Value) -> Iterator[TensorInfo]:
     """The stored tensors that a value depends on, in order, each as often as it is used."""
-    if isinstance(value, Stored):
+    if isinstance(value, Stored | Rows):
         yield value.info
     else:
         for inner in value.rewrite.inputs.values():

@@ -7,6 +7,7 @@ for in full: each tensor has one place, each file is either carried or has a rea
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -79,6 +80,14 @@ class Checkpoint:
     def tensor_bytes(self) -> int:
         """Bytes of tensor data on disk."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def identity(self) -> str:
+        """A hash of the config and of all tensors' names, types and shapes: the same on every machine; no weights."""
+        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name]
+            digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """A hash that changes when config, headers, sizes or times of the files that are read do; reads no weights."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Literal
 
-from surgery.checkpoint.expressions import Computed, Stored
+from surgery.checkpoint.expressions import Computed, Rows, Stored
 from surgery.checkpoint.finite import FiniteCheck
 from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.journal import Finished, Journal, sync_folder
@@ -208,7 +208,9 @@ def _content(checkpoint: Checkpoint, shard: Shard) -> Iterator[memoryview]:
     uses = Counter((id(v.rewrite), v.key) for v in shard.tensors.values() if isinstance(v, Computed))
     for value in shard.tensors.values():
         if isinstance(value, Stored):
-            yield from _stored(checkpoint, value.info, finite)
+            yield from _stored(checkpoint, value.info, [(value.info.offset, value.info.nbytes)], finite)
+        elif isinstance(value, Rows):
+            yield from _stored(checkpoint, value.info, value.runs(), finite)
         else:
             block = _computed(checkpoint, value, waiting, uses)
             yield from (block[start : start + BLOCK] for start in range(0, len(block), BLOCK))
@@ -219,16 +221,21 @@ def _original_header(checkpoint: Checkpoint, shard: str) -> bytes:
         return file.read(checkpoint.shards[shard].tensors[0].offset)
 
 
-def _stored(checkpoint: Checkpoint, info: TensorInfo, finite: FiniteCheck) -> Iterator[memoryview]:
+def _stored(
+    checkpoint: Checkpoint, info: TensorInfo, runs: Iterable[tuple[int, int]], finite: FiniteCheck
+) -> Iterator[memoryview]:
+    """Byte ranges of a stored tensor, in blocks. Raises CorruptCheckpoint where they hold NaN or infinity."""
     path = checkpoint.path(info.shard)
     with reading_errors(path), path.open("rb", buffering=0) as file:
-        for block in _blocks(file.fileno(), info.offset, info.nbytes, info.shard):
-            if not finite.all_finite(info.dtype, block):
-                raise CorruptCheckpoint(
-                    f"tensor {info.name!r} holds NaN or infinity", cause="a model with such weights computes nothing",
-                    remedy="download the checkpoint again, or take another base",
-                )  # fmt: skip
-            yield block
+        for start, length in runs:
+            for block in _blocks(file.fileno(), start, length, info.shard):
+                if not finite.all_finite(info.dtype, block):
+                    raise CorruptCheckpoint(
+                        f"tensor {info.name!r} holds NaN or infinity",
+                        cause="a model with such weights computes nothing",
+                        remedy="download the checkpoint again, or take another base",
+                    )
+                yield block
 
 
 def _computed(

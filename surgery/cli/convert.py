@@ -24,6 +24,8 @@ EXAMPLES = (
 @click.argument("places", nargs=-1, required=True, metavar="[BASE] OUT")
 @manifest_options
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as surgery plan does.")
+@click.option("--explain", is_flag=True,
+              help="Tell why operations decided as they did; writes OUT.N.OPERATION.json and .png.")  # fmt: skip
 @run_options
 @click.option("--no-verify", is_flag=True, help="Do not load and check the result (verify: false).")
 @base_options
@@ -50,7 +52,7 @@ def _command(
     if dry_run:
         from surgery.api import plan
 
-        safety = {name: run[name] for name in ("trust_remote_code", "allow_pickle")}
+        safety = {name: run[name] for name in ("statistics", "trust_remote_code", "allow_pickle")}
         return show_plan(output, plan(base, checked, **safety))
     from surgery.conversion import convert
 

@@ -73,4 +73,9 @@ def _structure(structure: Structure) -> Iterator[tuple[str, str]]:
     yield "rope", f"{rope.kind}, theta {rope.theta:g}, width {rope.width}" if rope else "several tables"
     yield "biases", "; ".join(biases) or "none"
     yield "query-key norm", structure.qk_norm
+    if structure.experts is not None and structure.active_parameters is not None:
+        taken = (
+            f"{structure.experts} in each of {structure.expert_layers} layers, {structure.experts_per_token} a token"
+        )
+        yield "experts", f"{taken}; {human_count(structure.active_parameters)} parameters active"
     yield "sliding window", f"{structure.window} tokens" if structure.window else "none"

@@ -118,6 +118,11 @@ def manifest_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return _manifest_options(with_choice)
 
 
+statistics_option = click.option(
+    "--statistics", metavar="PATH", type=click.Path(path_type=Path),
+    help="Folder in which calibration results are kept for reuse, or the file of one.",
+)  # fmt: skip
+
 run_options = _stack(
     click.option("--resume/--no-resume", default=True, show_default=True,
                  help="Go on from an interrupted run of the same conversion."),
@@ -125,8 +130,7 @@ run_options = _stack(
     click.option("--link", is_flag=True, help="Hard-link files that do not change instead of copying them."),
     click.option("--device", default="cpu", show_default=True, help="Where calibration and training run."),
     click.option("--workers", type=click.IntRange(min=1), help="Files written at once [default: cores, at most 4]."),
-    click.option("--statistics", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-                 help="Where calibration results are kept for reuse."),
+    statistics_option,
     click.option("--teacher", metavar="BASE", help="What training imitates [default: the base]."),
 )  # fmt: skip
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import ManifestChoice, base_options, choose_base, command, manifest_options
+from surgery.cli.options import (
+    ManifestChoice,
+    base_options,
+    choose_base,
+    command,
+    manifest_options,
+    statistics_option,
+)
 from surgery.cli.output import Human, Output, Table
 from surgery.sizes import human_count, human_size
 
@@ -25,10 +33,18 @@ EXAMPLES = (
 @command("plan", EXAMPLES)
 @click.argument("base", required=False)
 @manifest_options
+@statistics_option
 @base_options
 @click.pass_obj
 def _command(
-    output: Output, /, base: str | None, *, choice: ManifestChoice, trust_remote_code: bool, allow_pickle: bool
+    output: Output,
+    /,
+    base: str | None,
+    *,
+    choice: ManifestChoice,
+    statistics: Path | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
 ) -> int:
     """Tell what a conversion of BASE would do. No weight is read and nothing is written.
 
@@ -37,7 +53,10 @@ def _command(
     from surgery.api import plan
 
     checked = choice.load()
-    found = plan(choose_base(base, checked), checked, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    found = plan(
+        choose_base(base, checked), checked, statistics=statistics,
+        trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+    )  # fmt: skip
     return show_plan(output, found)
 
 
@@ -76,8 +95,10 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _sizes(plan: Plan) -> Iterator[tuple[str, str]]:
-    about = " (estimated: widths wait for a measurement)" if plan.estimated else ""
+    about = " (estimated: sizes wait for a measurement)" if plan.estimated else ""
     yield "parameters", f"{human_count(plan.parameters_before)} -> {human_count(plan.parameters_after)}{about}"
+    if plan.active_before is not None and plan.active_after is not None:
+        yield "active", f"{human_count(plan.active_before)} -> {human_count(plan.active_after)} parameters a token"
     if plan.trained_parameters:
         yield "trained", human_count(plan.trained_parameters)
     yield "KV cache", _cache(plan) + about

@@ -38,6 +38,7 @@ def show_conversion(output: Output, done: Conversion) -> int:
         "verification": _verification_json(done.verification) if done.verification else None,
         "seconds": done.seconds,
         "resumed_files": done.resumed_files,
+        **({"explanations": {name: e.data for name, e in done.explanations.items()}} if done.explanations else {}),
     }
     return output.result(data, _conversion(done), str(done.out))
 
@@ -61,6 +62,10 @@ def _conversion(done: Conversion) -> Human:
         yield f"{done.resumed_files} files were finished by an earlier run"
     for note in plan.notes:
         yield f"note: {note}"
+    for name, explanation in done.explanations.items():
+        yield f"{name}: see also {done.out}.{name}.png"
+        yield Table(explanation.rows, explanation.headers)
+        yield from explanation.lines
     if done.verification is None:
         yield "it was not verified; do that with: surgery verify " + str(done.out)
     else:

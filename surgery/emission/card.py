@@ -52,7 +52,7 @@ def card_bytes(
         "Figures": figures(base, draft, manifest, outputs, verification),
         "Loading": loading(draft, outputs),
         "Checked": checked(base, verification),
-        "Limits": limits(draft, custom=bool(_code_files(outputs)), changed=bool(manifest.steps)),
+        "Limits": limits(draft, manifest.steps, custom=bool(_code_files(outputs))),
         "Files": files_text(base, plan, outputs),
         "Making it again": reproducing(manifest),
         "Licence": licence_text(base, licence),
@@ -161,20 +161,21 @@ def tested_versions(model_type: str) -> list[str]:
     return list(found["families"].get(model_type, []) if found.get("families") else found.get("versions", []))
 
 
-def limits(draft: Draft, *, custom: bool, changed: bool) -> str:
+def limits(draft: Draft, steps: Sequence[Step], *, custom: bool) -> str:
     """What not to expect."""
     kind = code(str(result_config(draft).get("model_type")))
     of_change = (
         "Perplexity on one text tells little of long contexts, instructions, code or other languages: test your use.",
-        "What shrinks is memory. Decoding a single sequence is bound by reading weights and hardly gets faster.",
+        *dict.fromkeys(text(line) for step in steps for line in step.operation.limits),
     )
     stock = (f"Other runtimes may load it where they take the sizes of {kind} from config.json; none was tried.",)
-    own = (
+    own: tuple[str, ...] = (
         f"llama.cpp, MLX and ONNX exporters choose by `model_type` and do not know {kind}: not supported.",
         "vLLM and SGLang may run it by their transformers backend. Not tried; no smaller cache is promised there.",
-        "A static cache needs transformers 5.0 or newer; older ones give values the width of keys.",
     )
-    return "\n".join(f"- {line}" for line in (*(of_change if changed else ()), *(own if custom else stock)))
+    if draft.config.get("surgery", {}).get("latent_attention"):
+        own += ("A static cache needs transformers 5.0 or newer; older ones give values the width of keys.",)
+    return "\n".join(f"- {line}" for line in (*(of_change if steps else ()), *(own if custom else stock)))
 
 
 def files_text(base: Checkpoint, plan: Plan, outputs: Mapping[str, Finished]) -> str:

@@ -35,12 +35,14 @@ class Family:
     model_class: str
     causal_lm_class: str
     auto_class: str = "AutoModelForCausalLM"
+    has_experts: bool = False
 
     @classmethod
     def of(cls, architecture: Architecture) -> Family:
         """The family that an architecture's data file describes."""
         at = architecture.classes
-        return cls(architecture.model_type, at.modeling, at.configuration, at.config, at.model, at.causal_lm)
+        classes = at.modeling, at.configuration, at.config, at.model, at.causal_lm
+        return cls(architecture.model_type, *classes, has_experts=architecture.experts is not None)
 
     @classmethod
     def named(cls, model_type: str, prefix: str) -> Family:
@@ -69,14 +71,35 @@ class Family:
 class RuntimePart:
     """One replacement: `attribute` of every decoder layer (or of the model) becomes what `symbol` of `file` makes.
 
-    A layer's is made by `symbol(config, layer_index, replaced)`, the model's by `symbol(config, replaced)`.
+    A layer's is made by `symbol(config, layer_index, replaced)`, the model's by `symbol(config, replaced)`. `what` is a
+    word for it where the attribute says too little.
     """
 
     file: str
     symbol: str
     attribute: str
     of: Literal["layer", "model"] = "layer"
+    what: str = ""
 
+
+CAPABILITIES_SUMMARY = "What the replaced modules can do; the flags cover the names that releases have used for it."
+CAPABILITIES = (
+    "_supports_attention_backend = True",
+    "_supports_sdpa = True",
+    "_supports_flash_attn = _supports_flash_attn_2 = True",
+    "_supports_flex_attn = True",
+    "_supports_cache_class = True",
+    "_supports_quantized_cache = False",
+    "_supports_static_cache = static_cache_holds_any_width()",
+    '_can_compile_fullgraph = _supports_static_cache and getattr({model}, "_can_compile_fullgraph", False)',
+)
+
+# transformers 5 looks for a decorator in the file of the class, which is another one here.
+EXPERTS = """
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return {model}._can_set_experts_implementation()
+"""
 
 # Parts that bring another one along.
 COMPANIONS = {
@@ -111,10 +134,13 @@ def emit_code(family: Family, parts: Sequence[RuntimePart], version: str) -> dic
         "model": _own(family.model_class),
         "causal_lm": _own(family.causal_lm_class),
         "auto_class": family.auto_class,
-        "summary": ", ".join(dict.fromkeys(part.attribute for part in parts)) or "none",
+        "summary": ", ".join(dict.fromkeys(part.what or part.attribute for part in parts)) or "none",
         "replaced_attributes": repr([part.attribute for part in parts if part.of == "layer"]).replace("'", '"'),
         "imports": "\n".join(_imports(family, parts, runtime)),
         "keep_conversion": _keep_conversion(family, parts),
+        "capabilities_summary": CAPABILITIES_SUMMARY if _attends(parts) else "What both classes share.",
+        "capabilities": _capabilities(family, parts),
+        "experts": EXPERTS.format(model=family.model_class) if family.has_experts else "",
         "recorded": ", ".join([family.model_class, *_recorded(parts)]),
         "swaps": "\n".join(_swaps(parts)),
     }
@@ -161,7 +187,8 @@ def neighbours(file: str) -> dict[str, str]:
 def _imports(family: Family, parts: Sequence[RuntimePart], runtime: Sequence[str]) -> Iterator[str]:
     """One import for every runtime file: older releases copy only what the entry file itself imports."""
     keeps = ["keep_weight_conversion"] if _keep_conversion(family, parts) else []
-    used = {COMPATIBILITY: {*keeps, "recorded_outputs", "static_cache_holds_any_width", "tied_weights"}}
+    attends = ["static_cache_holds_any_width"] if _attends(parts) else []
+    used = {COMPATIBILITY: {*keeps, *attends, "recorded_outputs", "tied_weights"}}
     for part in parts:
         used.setdefault(part.file, set()).add(part.symbol)
     imported = {helper: name for file in runtime for helper, name in neighbours(file).items()}
@@ -179,6 +206,18 @@ def _keep_conversion(family: Family, parts: Sequence[RuntimePart]) -> str:
     if any(part.attribute == "mlp" for part in parts):
         return ""
     return f'\nkeep_weight_conversion("{family.model_type}", "{family.surgery_type}")\n'
+
+
+def _attends(parts: Sequence[RuntimePart]) -> bool:
+    """Whether attention is replaced, so that what the native classes say of theirs does not hold."""
+    return any(part.attribute == "self_attn" for part in parts)
+
+
+def _capabilities(family: Family, parts: Sequence[RuntimePart]) -> str:
+    """What our attention can do; where it is the native one, the native flags are inherited."""
+    flags = CAPABILITIES if _attends(parts) else ()
+    skipped = '_skip_keys_device_placement = ["past_key_values", "past_key_value"]'
+    return "\n".join(f"    {flag}" for flag in (*(flag.format(model=family.model_class) for flag in flags), skipped))
 
 
 def _recorded(parts: Sequence[RuntimePart]) -> Iterator[str]:

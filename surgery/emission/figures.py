@@ -10,7 +10,7 @@ from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.markdown import code, table
 from surgery.metrics.cache import cache_bytes_per_token
-from surgery.planning import Draft, storage_dtype
+from surgery.planning import Draft, active_count, open_draft, storage_dtype
 
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
@@ -40,6 +40,9 @@ def bytes_rows(base: Checkpoint, draft: Draft, outputs: Mapping[str, Finished]) 
     dtypes = storage_dtype(base), str(draft.config.get("torch_dtype") or draft.config.get("dtype") or "float32")
     weights = sum(file.bytes for name, file in outputs.items() if name.endswith(".safetensors"))
     yield "parameters", *_compared(base.parameter_count, sum(prod(of.spec.shape) for of in draft.tensors.values()), ",")
+    before, after = active_count(open_draft(base)), active_count(draft)
+    if before is not None and after is not None:
+        yield "parameters that a token goes through", *_compared(before, after, ",")
     yield "bytes of weight files", *_compared(sum(header.file_bytes for header in base.shards.values()), weights, ",")
     cached = cache_bytes_per_token(text_config, dtypes[0]), cache_bytes_per_token(draft.config, dtypes[1])
     if None not in cached:
@@ -68,4 +71,8 @@ def _heldout(manifest: Manifest, found: Mapping[str, float]) -> str:
         return "random tokens, as there was no text or no tokenizer"
     if isinstance(named, tuple):
         return ", ".join(code(file.path.name) for file in named)
-    return "Python documentation held out" if named == "builtin" else code(str(getattr(named, "dataset", named)))
+    known = {
+        "builtin": "Python documentation", "builtin:code": "Python code", "builtin:records": "made-up records",
+        "builtin:mixed": "Python documentation, Python code and made-up records",
+    }  # fmt: skip
+    return f"{known[named]} held out" if named in known else code(str(getattr(named, "dataset", named)))

@@ -66,9 +66,9 @@ class Statistics:
 class Measuring:
     """What a measurement may use.
 
-    `network` is the loaded transformers model in eval mode (parts of it may be offloaded by accelerate), `model` its
-    sizes and names, `tensor` reads a stored tensor by name, `windows` are the calibration tokens [N, T]. `progress`
-    takes (done, of).
+    `network` is the loaded transformers model in eval mode (parts of it may be offloaded by accelerate; None for what
+    needs weights only), `model` its sizes and names, `tensor` reads a stored tensor by name, `windows` are the
+    calibration tokens [N, T]. `progress` takes (done, of).
     """
 
     network: Any
@@ -104,6 +104,25 @@ class Training:
     report: Report
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """Why an operation decided as it did: a table for people, plain data, and a picture.
+
+    `draw` writes a PNG to a path; `lines` say what the table cannot.
+    """
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    lines: tuple[str, ...]
+    data: Mapping[str, Any]
+    draw: Callable[[Path], None]
+
+
+def all_settings(settings: Any) -> Any:
+    """For operations whose measurement depends on every setting."""
+    return settings.model_dump(mode="json")
+
+
 def never(_settings: Any) -> bool:
     """For operations that measure nothing, or train nothing."""
     return False
@@ -121,8 +140,12 @@ class Operation(Generic[S]):
     edit        changes the draft; `statistics` is None while planning, and wherever `measures` is False
     measures    whether these settings need calibration
     measure     runs the model and returns statistics
+    measured_by what of its settings a measurement depends on: where that is equal, a stored one is used again
+    weights_only  whether these settings measure weights, without text and without running the model
+    explain     tells from statistics what was decided and why
     trains      whether these settings need training
     train       trains the result of the operations before and returns the changed tensors as statistics
+    limits      what users of a result should not expect, a sentence each, for its card
     changes     groups of parameters (see `surgery.training.groups`) that training after it should adapt
     reshapes    whether it changes names, shapes or config; if not, it also takes checkpoints that carry our code
     after       operations it may follow in one manifest; `never_with` cannot be combined at all
@@ -136,8 +159,12 @@ class Operation(Generic[S]):
     edit: Callable[[Draft, S, Statistics | None], None]
     measures: Callable[[S], bool] = never
     measure: Callable[[Measuring, S], Statistics] | None = None
+    measured_by: Callable[[S], Any] = all_settings
+    weights_only: Callable[[S], bool] = never
+    explain: Callable[[Model, S, Statistics | None], Explanation] | None = None
     trains: Callable[[S], bool] = never
     train: Callable[[Training, S], Statistics] | None = None
+    limits: tuple[str, ...] = ()
     changes: frozenset[str] = field(default_factory=frozenset)
     reshapes: bool = True
     after: frozenset[str] = field(default_factory=frozenset)
@@ -160,6 +187,11 @@ class Step:
     def measures(self) -> bool:
         """Whether this step needs calibration."""
         return self.operation.measures(self.settings)
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether measuring reads weights and needs neither text nor a running model."""
+        return self.operation.weights_only(self.settings)
 
     @property
     def trains(self) -> bool:

@@ -197,8 +197,13 @@ class HealSettings(Settings):
 def selection(model: Model, settings: HealSettings, changes: frozenset[str]) -> Selection:
     """The tensors that these settings train, where `changes` are the groups that earlier operations declared."""
     if settings.train is None:
-        # Not the experts, which newer releases of transformers hold fused.
+        # Not the experts, which newer releases of transformers hold fused, nor what they hold under other names.
         found = select(model, changes or DEFAULT).without(".experts.")
+        at = model.architecture.experts
+        if at is not None and at.block != "mlp":
+            found = found.without(f".{at.block}.")
+        if at is not None and at.correction is not None:
+            found = found.without(f".{at.correction}")
     else:
         full = frozenset(entry for entry in settings.train if isinstance(entry, str))
         lora = [(Rank(e.lora.rank, e.lora.alpha), e.lora.groups) for e in settings.train if isinstance(e, LoraEntry)]
@@ -272,5 +277,5 @@ OPERATION = Operation(
     trains=lambda _: True,
     train=train,
     reshapes=False,
-    after=frozenset({"kv_latent"}),
+    after=frozenset({"kv_latent", "expert_prune", "expert_top_k"}),
 )

@@ -18,6 +18,8 @@ FEWER, MORE = 16, 24
 
 def eager_equals_sdpa(subject: Subject) -> Outcome:
     """Both implementations give the same logits, with padding too."""
+    if not getattr(subject.model, "_supports_sdpa", True):
+        return skipped("the model class says that it has eager attention only")
     tokens, mask = padded(subject)
     logits = {
         name: forward(subject.with_attention(name), tokens, attention_mask=mask)[mask.bool()]
@@ -27,7 +29,7 @@ def eager_equals_sdpa(subject: Subject) -> Outcome:
 
 
 def output_attentions(subject: Subject) -> Outcome:
-    """One map per layer; each row of it sums to one and looks at no later token."""
+    """One map per layer; each row of it sums to one (or less, beside sinks) and looks at no later token."""
     maps = subject.with_attention("eager")(
         input_ids=subject.prompts[0], use_cache=False, output_attentions=True
     ).attentions
@@ -35,12 +37,22 @@ def output_attentions(subject: Subject) -> Outcome:
     if maps is None or len(maps) != layers or any(weights is None for weights in maps):
         got = "none" if maps is None else sum(weights is not None for weights in maps)
         return failed(f"{got} attention maps from {layers} layers")
-    worst = max(max((weights.sum(-1) - 1).abs().max().item(), weights.triu(1).abs().max().item()) for weights in maps)
+    sinks = any(name.endswith(".sinks") for name, _ in subject.model.named_parameters())
+    worst = max(max(_off_one(weights, sinks=sinks), weights.triu(1).abs().max().item()) for weights in maps)
     return bounded(worst, subject.tolerance, "distance of the maps from causal distributions")
+
+
+def _off_one(weights: Tensor, *, sinks: bool) -> float:
+    """How far the sums of a map's rows are from what they may be."""
+    excess = weights.sum(-1) - 1
+    return (excess.clamp(min=0) if sinks else excess.abs()).max().item()
 
 
 def cache_bytes(subject: Subject) -> Outcome:
     """What one more token adds to the tensors of a real cache, per row of the batch, is what the plan says."""
+    window = getattr(text_config(subject.model.config), "sliding_window", None)
+    if isinstance(window, int) and window < MORE:
+        return skipped(f"some layers may keep only {window} tokens")
     dtype = str(subject.job.get("kv_dtype") or subject.model.dtype).removeprefix("torch.")
     size = getattr(torch, dtype).itemsize
     fewer, more = (_cached(subject, count) for count in (FEWER, MORE))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from surgery.checkpoint.writer import environment_errors
-from surgery.errors import MissingPackage
 
 Entry: TypeAlias = dict[str, Any]
 
@@ -35,17 +34,6 @@ def keep(path: Path, wanted: Callable[[Entry], bool]) -> list[Entry]:
             whole.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
             whole.replace(path)
     return kept
-
-
-def require_plots() -> None:
-    """Raise MissingPackage before training where the picture could not be drawn after it."""
-    try:
-        import matplotlib  # noqa: F401, ICN001 - only whether it is there
-    except ImportError as error:
-        raise MissingPackage(
-            "training draws its loss curves with matplotlib, which is not installed", cause=str(error),
-            remedy="pip install 'surgery[heal]'",
-        ) from error  # fmt: skip
 
 
 def publish(place: Path, summary: Entry, entries: Sequence[Entry]) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.calibration.documents import read_documents
+from surgery.calibration.documents import BUILTIN_TEXTS, read_documents
 from surgery.calibration.loading import check_device, load_tokenizer, loaded_model
 from surgery.calibration.store import load_statistics, store_statistics
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import UnsupportedModel, UsageError
+from surgery.metrics.plots import require_plots
 from surgery.operations.base import Statistics, Training
 from surgery.operations.heal import HealSettings
 from surgery.sizes import human_count
@@ -43,7 +44,7 @@ def heal(training: Training, settings: HealSettings, selection: Selection) -> St
         made.wait_for_everyone()
         return load_statistics(result)
     check_device(training.device)
-    curves.require_plots()
+    require_plots("training draws its loss curves", extra="heal")
     _check_pair(training, settings)
     require_parameters(selection.names, dict(skeleton(training.student).named_parameters()))
     if settings.tracker:
@@ -108,7 +109,7 @@ def _text_name(provenance: Mapping[str, Any]) -> str:
     files = provenance.get("files")
     if files:
         return ", ".join(str(file["name"]) for file in files)
-    words = {"self": "text that the base wrote", "builtin": "the built-in text"}
+    words = {"self": "text that the base wrote"} | dict.fromkeys(BUILTIN_TEXTS, "the built-in text")
     return words.get(str(provenance.get("text")), str(provenance.get("dataset", "the given text")))
 
 

@@ -94,7 +94,7 @@ def skeleton(checkpoint: Checkpoint) -> Any:
     trusted = {"trust_remote_code": checkpoint.remote_code}
     config = AutoConfig.from_pretrained(str(checkpoint.folder), **trusted)
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **trusted)
+        return AutoModelForCausalLM.from_config(config, **trusted)
 
 
 def _prefix(network: Any, module: nn.Module) -> str:

@@ -14,6 +14,10 @@ LESS = ("calibration.samples=6", "calibration.length=64")
 LESS_TRAINING = ("heal.end_to_end.tokens=8192", "data.length=64", "data.tokens=8192")
 # Share of the cache that is left, and whether a stock class holds the result.
 EXPECTED = {
+    "expert-prune-50": (1.0, True),
+    "expert-prune-measured": (1.0, False),
+    "expert-prune-no-data": (1.0, True),
+    "expert-top-k": (1.0, True),
     "heal": (0.5, False),
     "kv-latent-75": (0.75, False),
     "kv-latent-50": (0.5, False),
@@ -33,17 +37,18 @@ def test_a_recipe_converts_and_verifies(path: Path, tmp_path: Path) -> None:
     ratio, stock = EXPECTED[path.stem]
     less = (*LESS, *(LESS_TRAINING if path.stem == "heal" else ()))
     manifest = surgery.load_manifest(path, overrides=less)
-    planned = surgery.plan("builtin:llama", manifest)
-    done = surgery.convert("builtin:llama", tmp_path / "out", manifest, statistics=tmp_path / "statistics")
+    base, cache = ("builtin:moe", 1280) if path.stem.startswith("expert") else ("builtin:llama", 1536)
+    planned = surgery.plan(base, manifest)
+    done = surgery.convert(base, tmp_path / "out", manifest, statistics=tmp_path / "statistics")
     assert done.verification is not None
     assert done.verification.passed
-    assert done.plan.cache_bytes_before == 1536
+    assert done.plan.cache_bytes_before == cache
     assert done.plan.cache_bytes_after is not None
     # Widths come in steps, so a measured allocation may stay a little under what it may use.
-    assert ratio - 0.05 <= done.plan.cache_bytes_after / 1536 <= ratio
+    assert ratio - 0.05 <= done.plan.cache_bytes_after / cache <= ratio
     assert bool(done.plan.code) is not stock
     assert bool(planned.code) is not stock
-    assert (tmp_path / "out/modeling_surgery_llama.py").exists() is not stock
+    assert bool([*(tmp_path / "out").glob("modeling_surgery_*.py")]) is not stock
     lock = json.loads((tmp_path / "out/surgery.lock.json").read_text())
     assert lock["promises"]["kv_bytes_per_token"] == done.plan.cache_bytes_after
     assert surgery.verify(tmp_path / "out").passed

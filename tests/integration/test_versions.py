@@ -6,13 +6,21 @@ twelve releases is `tools/compat`'s own.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.architectures import architectures
 from surgery.verification import run_probe
+from tests import moe_cases
+from tests.moe_cases import KEEPS, base_of, prune, top_k
 from tests.tiny import FAMILIES, write_tiny
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,6 +36,27 @@ LATENT = {"method": "stride", "qk_dim": 8, "vo_dim": 4}
 NATIVE_FAMILIES = [name for name, family in architectures().items() if family.attention.native_head_dim]
 
 pytestmark = [pytest.mark.slow, pytest.mark.versions]
+# Logits of every folder in a place, by one release, from which surgery is barred.
+LOGITS = """
+import sys
+from pathlib import Path
+sys.modules["surgery"] = None
+import torch, transformers
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+place, found = Path(sys.argv[1]), {}
+tokens = load_file(place / "tokens.safetensors")["tokens"]
+for folder in sorted(path for path in place.iterdir() if path.is_dir()):
+    if not (Path(transformers.__file__).parent / "models" / folder.name.partition("-")[0]).is_dir():
+        continue
+    name = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **{name: torch.float32})
+    assert not any(report.values()), (folder.name, report)
+    with torch.no_grad():
+        found[folder.name] = model.eval()(tokens).logits
+save_file(found, sys.argv[2], metadata={"transformers": transformers.__version__})
+"""
 
 
 @pytest.fixture(params=RELEASES)
@@ -102,3 +131,69 @@ def test_a_snapshot_of_the_hub_s_cache_loads(release: Path, tmp_path: Path) -> N
         file.rename(repository / "blobs" / str(number))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
     assert failures(release, snapshot, plan, ["loading_report", "finite_logits", "cached_decode_equals_full_forward"]) == []
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, surgery.Plan]]:
+    """A folder with results of every family, uniform and not, and the plan of each; written once."""
+    place, plans = tmp_path_factory.mktemp("pruned"), {}
+    (place / "bases").mkdir()
+    (place / "results").mkdir()
+    for family in moe_cases.ALL:
+        base = base_of(place / "bases" / family, family)
+        for kind, operations in (
+            ("uniform", [prune(KEEPS["uniform"])]),
+            ("per_layer", [prune(KEEPS["per_layer"]), top_k([2, 1])]),
+        ):
+            data = {"surgery": 1, "operations": operations, "verify": False}
+            name = f"{family}-{kind}"
+            done = surgery.convert(str(base), place / "results" / name, surgery.manifest_from_dict(data))
+            plans[name] = done.plan
+    tokens = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+    save_file({"tokens": tokens}, place / "results" / "tokens.safetensors")
+    return place / "results", plans
+
+
+def experts_on_releases() -> Iterator[tuple[str, str, str]]:
+    """(family, kind, release): results with code on every release, stock ones on the oldest that has the family.
+
+    Elsewhere stock ones are loaded, and held against the others, by the test of logits below.
+    """
+    for family in moe_cases.ALL:
+        since = [int(part) for part in architectures()[family].since.split(".")]
+        having = [name for name in RELEASES if [int(part) for part in name.split(".")] >= since]
+        yield family, "uniform", having[0]
+        yield from ((family, "per_layer", name) for name in having)
+
+
+@pytest.mark.parametrize(("family", "kind", "release"), [*experts_on_releases()], indirect=["release"])
+def test_fewer_experts_work_on_every_release(
+    family: str, kind: str, release: Path, pruned: tuple[Path, dict[str, surgery.Plan]]
+) -> None:
+    place, plans = pruned
+    plan = plans[f"{family}-{kind}"]
+    assert bool(plan.code) == (kind == "per_layer")
+    assert failures(release, place / f"{family}-{kind}", plan, CORE) == []
+
+
+def test_fewer_experts_give_the_same_logits_on_every_release(
+    pruned: tuple[Path, dict[str, surgery.Plan]], tmp_path: Path
+) -> None:
+    place, plans = pruned
+    found = {}
+    for name in RELEASES:
+        folder = REPOSITORY / ".compat" / name
+        if not folder.is_dir():
+            pytest.skip(f"transformers {name} is not installed: run tools/compat")
+        environment = os.environ | {
+            "PYTHONPATH": str(folder), "HF_MODULES_CACHE": str(tmp_path / f"modules-{name}"), "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", LOGITS, str(place), str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = load_file(tmp_path / name)
+    assert set(found["4.57.6"]) == set(found["5.23.0"]) == set(plans)
+    for name in RELEASES[:-1]:
+        for case, logits in found[name].items():
+            difference = (logits - found["5.23.0"][case]).abs().max().item()
+            assert difference <= 1e-4, (name, case, difference)

@@ -239,12 +239,12 @@ def test_convert_hands_every_option_on(
         seen.update(options, base=base, out=out, manifest=manifest)
         checks = (Check("load", "pass"),)
         found = Verification(checks, {"ratio": float("nan")}, {})
-        return SimpleNamespace(out=out, plan=plan, verification=found, seconds=1.0, resumed_files=0)
+        return SimpleNamespace(out=out, plan=plan, verification=found, seconds=1.0, resumed_files=0, explanations={})
 
     _converting(monkeypatch, convert)
     options = (
         "--no-resume --overwrite --link --device cuda --workers 3 --statistics S --teacher T --dtype bfloat16 --shard-size 1GB "
-        "--no-verify --trust-remote-code --allow-pickle"
+        "--no-verify --trust-remote-code --allow-pickle --explain"
     )
     arguments = ["convert", base, "OUT", "-m", PASSTHROUGH, *options.split()]
     assert cli.run([*arguments, "--json"]) == 0
@@ -257,7 +257,7 @@ def test_convert_hands_every_option_on(
     manifest = seen.pop("manifest")
     assert (manifest.output.dtype, manifest.output.shard_bytes, manifest.verify) == ("bfloat16", 10**9, None)
     del seen["report"]
-    switches = dict.fromkeys(("overwrite", "link", "trust_remote_code", "allow_pickle"), True)
+    switches = dict.fromkeys(("overwrite", "link", "trust_remote_code", "allow_pickle", "explain"), True)
     values = {
         "base": base,
         "out": Path("OUT"),

@@ -12,6 +12,7 @@ from torch import nn
 from surgery.architectures import Model, architectures
 from surgery.errors import EnvironmentFailure, ManifestError, MissingPackage, TrainingDiverged, UsageError
 from surgery.manifest import manifest_from_dict
+from surgery.metrics.plots import require_plots
 from surgery.operations.heal import HealSettings, selection
 from surgery.sizes import parse_count
 from surgery.training import adapters, curves, losses
@@ -165,7 +166,7 @@ def test_without_peft_lora_says_what_to_install(monkeypatch):
 def test_without_matplotlib_nothing_begins(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(MissingPackage, match="matplotlib"):
-        curves.require_plots()
+        require_plots("training draws its loss curves", extra="heal")
 
 
 def test_the_rate_rises_and_falls_as_told():

@@ -21,9 +21,11 @@ import surgery
 from surgery.checkpoint.reader import open_checkpoint
 from surgery.errors import CorruptCheckpoint, ManifestError, RefusedInput, UnsupportedModel, UsageError
 from surgery.manifest import manifest_from_dict
+from surgery.operations.allocation import predicted_cost
 from surgery.operations.base import Statistics
 from surgery.operations.kv_latent import OPERATION, solver
-from surgery.operations.kv_latent.allocation import allocate, knee, offered_widths, predicted_cost
+from surgery.operations.kv_latent.allocation import allocate_widths as allocate
+from surgery.operations.kv_latent.allocation import knee, offered_widths
 from surgery.operations.kv_latent.attention import Attention, attention_output, fold_value_bias
 from surgery.operations.kv_latent.channels import (
     head_rows,

@@ -25,7 +25,7 @@ LAYERS = [
     ["surgery.operations", "surgery.calibration", "surgery.emission", "surgery.training"],
     ["surgery.validation", "surgery.overrides", "surgery.manifest", "surgery.calibration.stage"],
     ["surgery.verification", "surgery.inspection"],
-    ["surgery.conversion", "surgery.reproduction", "surgery.api"],
+    ["surgery.preconditions", "surgery.conversion", "surgery.reproduction", "surgery.api"],
     ["surgery", "surgery.cli", "surgery.__main__"],
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -46,6 +46,8 @@ def _least_ratio(model: Model, settings: KVLatentSettings, qk: list[int], vo: li
 
 
 def _unfit_model(model: Model) -> str | None:
+    if model.architecture.attention.unlike:
+        return model.architecture.attention.unlike
     if "latent_attention" in (model.config.get("surgery") or {}):
         return "its heads are latent already; ask for the final widths in one step"
     if model.config.get("quantization_config"):
@@ -108,6 +110,7 @@ OPERATION = Operation(
     edit=edit,
     measures=lambda settings: settings.calibrated,
     measure=measure,
+    limits=("What shrinks is memory. Decoding a single sequence is bound by reading weights and hardly gets faster.",),
     # The paper trains attention, and the MLP by low-rank factors; whole matrices and norms were better, and no dearer.
     changes=frozenset({"attention", "mlp", "norms"}),
 )

@@ -1,37 +1,23 @@
-"""Spreading a byte budget over layers, and over keys against values, by measured cost."""
+"""Which head widths are on offer, and how narrow heads may become before a loss shows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from surgery.errors import UsageError
+from surgery.operations.allocation import allocate, predicted_cost
 
 
-def allocate(costs: Sequence[Mapping[int, float]], budget: int, weights: Sequence[int]) -> list[int]:
-    """The widths of least summed cost within a budget (an exact knapsack over additive costs).
-
-    costs[i]    loss of giving item i a width, all others left whole; one entry per width on offer
-    weights[i]  cached numbers per unit of width (the KV heads)
-    budget      cached numbers in all
-
-    Raises UsageError where even the narrowest widths exceed the budget.
-    """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for item, weight in zip(costs, weights, strict=True):
-        following: dict[int, tuple[float, list[int]]] = {}
-        for used, (cost, widths) in best.items():
-            for width, extra in item.items():
-                total = used + weight * width
-                if total <= budget and (total not in following or cost + extra < following[total][0]):
-                    following[total] = (cost + extra, [*widths, width])
-        best = following
-    if not best:
+def allocate_widths(costs: Sequence[Mapping[int, float]], budget: int, weights: Sequence[int]) -> list[int]:
+    """Widths of least summed cost within `budget` cached numbers. Raises UsageError where none are narrow enough."""
+    found = allocate(costs, budget, weights)
+    if found is None:
         least = sum(weight * min(item) for item, weight in zip(costs, weights, strict=True))
         raise UsageError(
             f"kv_ratio allows {budget} cached numbers per token", cause=f"the narrowest heads need {least}",
             remedy="raise kv_ratio",
         )  # fmt: skip
-    return min(best.values())[1]
+    return found
 
 
 def knee(costs: Sequence[Mapping[int, float]], weights: Sequence[int], limit: float) -> float:
@@ -40,14 +26,9 @@ def knee(costs: Sequence[Mapping[int, float]], weights: Sequence[int], limit: fl
     floor = sum(weight * min(item) for item, weight in zip(costs, weights, strict=True))
     for share in range(1, 20):
         budget = full * share // 20
-        if budget >= floor and predicted_cost(costs, allocate(costs, budget, weights)) <= limit:
+        if budget >= floor and predicted_cost(costs, allocate_widths(costs, budget, weights)) <= limit:
             return share / 20
     return 1.0
-
-
-def predicted_cost(costs: Sequence[Mapping[int, float]], widths: Sequence[int]) -> float:
-    """The summed cost of the chosen widths; an underestimate where damages compound."""
-    return sum(item[width] for item, width in zip(costs, widths, strict=True))
 
 
 def offered_widths(head_dim: int, *, even: bool) -> list[int]:

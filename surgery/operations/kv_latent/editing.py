@@ -95,7 +95,7 @@ def edit(draft: Draft, settings: KVLatentSettings, statistics: Statistics | None
     if stock:
         draft.config["head_dim"] = shapes[0].qk_dim
         return
-    draft.config["surgery"] = {
+    draft.config["surgery"] = (draft.config.get("surgery") or {}) | {
         "version": 1,
         "base_model_type": model.architecture.model_type,
         "latent_attention": {

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from surgery.architectures import Model
 from surgery.calibration.layers import BATCH, LayerCall, attention_traffic, record_calls, replaced_output
 from surgery.errors import CorruptCheckpoint
+from surgery.operations.allocation import predicted_cost
 from surgery.operations.base import Measuring, Statistics
-from surgery.operations.kv_latent.allocation import allocate, knee, offered_widths, predicted_cost
+from surgery.operations.kv_latent.allocation import allocate_widths, knee, offered_widths
 from surgery.operations.kv_latent.attention import CHUNK, Attention, attention_output, fold_value_bias
 from surgery.operations.kv_latent.channels import paper_pairs, stride_channels, stride_pairs
 from surgery.operations.kv_latent.editing import KNEE, widths
@@ -70,7 +71,7 @@ def solve(measuring: Measuring, settings: KVLatentSettings) -> Statistics:
         costs = _price(walk)
         heads = walk.model.num_key_value_heads
         full = 2 * walk.model.head_dim * walk.model.num_hidden_layers * heads
-        chosen = allocate(costs, int(full * (settings.kv_ratio or 0.75) + 1e-6), [heads] * len(costs))
+        chosen = allocate_widths(costs, int(full * (settings.kv_ratio or 0.75) + 1e-6), [heads] * len(costs))
         qk, vo = chosen[0::2], chosen[1::2]
     return _collect(walk, qk, vo, costs)
 
