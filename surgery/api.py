@@ -27,8 +27,7 @@ def plan(
     the errors of `surgery.errors`.
     """
     checkpoint = open_base(
-        base, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-        headers_only=statistics is None or statistics.is_file(),
+        base, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, headers_only=statistics is None,
     )  # fmt: skip
     if statistics is None:
         return make_plan(checkpoint, manifest)

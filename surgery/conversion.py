@@ -28,17 +28,25 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.calibration.documents import evaluation_text, text_source
 from surgery.checkpoint.dtypes import SAFETENSORS_NAMES
-from surgery.checkpoint.expressions import Stored
+from surgery.checkpoint.expressions import Computed, Stored
 from surgery.checkpoint.journal import Finished, Journal, exclusive, read_journal, start_journal, sync_folder
 from surgery.checkpoint.layout import Shard, index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint, open_checkpoint
 from surgery.checkpoint.resolve import open_base
-from surgery.checkpoint.writer import Job, environment_errors, hash_file, hash_tensors, write_file, write_shards
+from surgery.checkpoint.writer import (
+    Job,
+    environment_errors,
+    hash_file,
+    hash_tensors,
+    hash_value,
+    write_file,
+    write_shards,
+)
 from surgery.emission.checkpoint import write_small_files
 from surgery.emission.lock import LOCK, lock_bytes, make_lock, portable_source
 from surgery.errors import InternalError, OutputExists, RefusedInput, UsageError, VerificationFailure
 from surgery.metrics.plots import require_plots
-from surgery.planning import FLOAT32_LIMIT, Draft, Plan, describe, make_plan, open_draft
+from surgery.planning import FLOAT32_LIMIT, Draft, Plan, calibrates, describe, make_plan, open_draft
 from surgery.preconditions import check_disk, check_place, check_texts
 from surgery.progress import Progress, Report, silent
 from surgery.training.processes import leads, wait_for_all
@@ -132,7 +140,7 @@ def convert(
     folder = statistics or Path.home() / ".cache" / "surgery" / "statistics"
     run = _Run(
         manifest, checkpoint, taught_by, out, partial, fingerprint, None, workers, link, device, folder, report,
-        explained={} if explain else None,
+        explained={} if explain and leads() else None,
     )  # fmt: skip
     if explain:
         require_plots("explanations are drawn")
@@ -230,10 +238,7 @@ def _complete(
     with _hashing(checkpoint, same) as hashes:
         outputs = _write(run, _journal(run), current, draft, final, shards)
         inputs = hashes() | {name: outputs[copy] for name, copy in same.items()}
-    renamed = {name: old for name, old in stored.items() if name != old}
     frozen = _frozen(current, kept, final, run.manifest.output.dtype) if run.trained else {}
-    if run.manifest.verify is not None:
-        _frozen(current, renamed, final, run.manifest.output.dtype)
     plan = _settled(run, checkpoint, current, plan, draft)
     lock, verification = _finish(run, checkpoint, plan, draft, outputs, inputs, frozen)
     return plan, lock, verification
@@ -279,7 +284,8 @@ def _settled(run: _Run, base: Checkpoint, last: Checkpoint, plan: Plan, draft: D
         return known
     return replace(
         plan, estimated=False, parameters_after=known.parameters_after, bytes_written=known.bytes_written,
-        cache_bytes_after=known.cache_bytes_after, code=known.code, shards=known.shards, notes=tuple(draft.notes),
+        cache_bytes_after=known.cache_bytes_after, active_after=known.active_after,
+        code=known.code, shards=known.shards, notes=tuple(draft.notes),
     )  # fmt: skip
 
 
@@ -298,7 +304,7 @@ def _write(
             run.report(Progress("write", min(counted[0], total), total, "B"))
 
     prefix = f"{folder.relative_to(run.partial)}/"
-    job = Job(checkpoint, folder, prefix, journal, run.workers, run.link, progress)
+    job = Job(checkpoint, folder, prefix, journal, run.workers, run.link, progress, _recipe(run))
     outputs = write_shards(job, shards)
     index = index_bytes(shards)
     if index is not None:
@@ -306,7 +312,30 @@ def _write(
     for file in write_small_files(checkpoint, draft, folder):
         outputs[file.file] = file
     sync_folder(folder)
+    if run.manifest.verify is not None:
+        _check_moved(checkpoint, draft, folder)
     return outputs
+
+
+def _check_moved(checkpoint: Checkpoint, draft: Draft, folder: Path) -> None:
+    """Whether what was renamed or sliced has the bytes that it had before. Raises InternalError where it has not."""
+    written = open_checkpoint(folder, trust_remote_code=True)
+    for name, value in draft.tensors.items():
+        if isinstance(value, Computed) or (isinstance(value, Stored) and value.info.name == name):
+            continue
+        if hash_value(written, Stored(written.tensors[name])) != hash_value(checkpoint, value):
+            raise InternalError(
+                f"{name!r} was written with other bytes", cause=f"they should be those of {value.info.name!r}",
+                remedy="report this as a defect, with the manifest",
+            )  # fmt: skip
+
+
+def _recipe(run: _Run) -> str:
+    """A hash of every measurement so far; empty where nothing was measured."""
+    from surgery.calibration.store import statistics_digest
+
+    digests = [statistics_digest(found) for found in run.measured.values()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if digests else ""
 
 
 def _measure(run: _Run, checkpoint: Checkpoint, step: Step) -> Statistics:
@@ -433,7 +462,7 @@ def _hashing(checkpoint: Checkpoint, unchanged: Collection[str]) -> Iterator[Cal
 def _fingerprint(checkpoint: Checkpoint, teacher: Checkpoint, manifest: Manifest, plan: Plan) -> str:
     """What must be equal for an interrupted run to go on: base, manifest, the texts that are used, version."""
     parts = [__version__, manifest.sha256(), checkpoint.source, str(checkpoint.revision), checkpoint.fingerprint()]
-    if plan.estimated:
+    if calibrates(manifest.steps):
         parts.append(json.dumps(text_source(manifest.calibration), sort_keys=True))
     if plan.trained_parameters:
         parts += [json.dumps(text_source(manifest.data), sort_keys=True), teacher.fingerprint()]

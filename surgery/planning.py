@@ -346,10 +346,15 @@ def describe(
         parameters_after=sum(element_count(value.spec.shape) for value in draft.tensors.values()),
         bytes_read=_bytes_read(draft),
         bytes_written=written,
-        disk_needed=written * max(edits, 1) + draft.scratch_bytes + SMALL_FILES_BYTES,
+        # What stands between stages may be as large as the base, if a later operation is the one that cuts.
+        disk_needed=written
+        + max(edits - 1, 0) * max(written, checkpoint.tensor_bytes)
+        + draft.scratch_bytes
+        + SMALL_FILES_BYTES,
         peak_memory=max(
             _peak_memory(draft, workers),
-            _measuring_memory(checkpoint, draft, manifest) if _calibrates(manifest.steps) else 0,
+            _measuring_memory(checkpoint, draft, manifest) if calibrates(manifest.steps) else 0,
+            _reading_memory(checkpoint) if any(step.weights_only for step in manifest.steps) else 0,
             _training_memory(checkpoint, trained) if trains else 0,
         ),
         cache_dtype=cache_dtype,
@@ -419,7 +424,8 @@ def _bytes_read(draft: Draft) -> int:
     return stored + sum(info.nbytes for value in rewrites.values() for info in sources(value))
 
 
-def _calibrates(steps: Sequence[Step]) -> bool:
+def calibrates(steps: Sequence[Step]) -> bool:
+    """Whether a step needs text and the running model."""
     return any(step.measures and not step.weights_only for step in steps)
 
 
@@ -432,6 +438,11 @@ def _measuring_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) 
     """Bound of calibration: the model in fp32 where that is small, and a handful of residual streams."""
     tokens = manifest.calibration.samples * manifest.calibration.length
     return INTERPRETER_BYTES + 2 * TORCH_BYTES + _loaded_bytes(checkpoint) + 8 * tokens * draft.model.hidden_size * 4
+
+
+def _reading_memory(checkpoint: Checkpoint) -> int:
+    """Bound of measuring weights alone: one tensor, and a part of it in float32."""
+    return INTERPRETER_BYTES + TORCH_BYTES + 2 * max(info.nbytes for info in checkpoint.tensors.values())
 
 
 def _training_memory(checkpoint: Checkpoint, trained: int) -> int:

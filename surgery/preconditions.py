@@ -11,7 +11,7 @@ from surgery.calibration.documents import BUILTIN_TEXTS, Document, evaluation_te
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.lock import LOCK
 from surgery.errors import DiskFull, OutputExists
-from surgery.planning import Plan
+from surgery.planning import Plan, calibrates
 from surgery.training.overlap import refuse_overlap
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_texts(manifest: Manifest, plan: Plan) -> None:
     if manifest.verify is None or manifest.verify.text is None:
         return
     used: dict[str, tuple[Any, Calibration | Data]] = {
-        "calibration": (plan.estimated, manifest.calibration),
+        "calibration": (calibrates(manifest.steps), manifest.calibration),
         "data": (plan.trained_parameters, manifest.data),
     }
     for name, (needed, section) in used.items():

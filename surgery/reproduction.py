@@ -65,6 +65,11 @@ def reproduce(
     source = base or _source(recorded, path)
     checkpoint = open_base(source, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     manifest = manifest_from_dict(recorded.manifest, folder=files, name=path.name)
+    if any(found.get("given") for found in recorded.statistics.values()) and statistics is None:
+        raise UsageError(
+            "the result rests on a measurement that was given as a file", cause="it cannot be made again from the lock",
+            remedy="name that file: --statistics FILE",
+        )  # fmt: skip
     changed = [
         *_changed_inputs(checkpoint, recorded.base),
         *_changed_texts(manifest, recorded),
@@ -155,7 +160,8 @@ def _changed_inputs(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> list
 def _changed_texts(manifest: Manifest, recorded: _Lock) -> list[str]:
     """Which texts are not those that were measured or trained on, where something was."""
     stages = recorded.training.get("stages", {})
-    measured = [found for found in recorded.statistics.values() if found]  # of weights alone nothing is recorded
+    # Of weights alone nothing is recorded, and what was measured elsewhere was measured on a text of its own.
+    measured = [found for found in recorded.statistics.values() if found and not found.get("given")]
     used: dict[str, tuple[Calibration | Data, list[Mapping[str, Any]]]] = {
         "the calibration text": (manifest.calibration, measured),
         "the training text": (manifest.data, [stage.get("text", {}) for stage in stages.values()]),

@@ -11,6 +11,8 @@ from surgery.architectures.family import Experts
 from surgery.architectures.model import Model
 from surgery.errors import CorruptCheckpoint, UnsupportedModel
 
+_NUMBERED = re.compile(r"experts\\*\.\d")
+
 
 @dataclass
 class ExpertLayer:
@@ -85,6 +87,7 @@ def find_expert_layers(model: Model) -> tuple[ExpertLayer, ...]:
     counts = expert_counts(model)
     for layer in layers:
         _check(model, at, layer, counts.get(layer.layer, counts[None]))
+    _check_alike(model, layers)
     return layers
 
 
@@ -176,6 +179,16 @@ def _pattern(model: Model, at: Experts) -> re.Pattern[str]:
     return re.compile(rf"{layer}\.{re.escape(at.block)}\.(?:(?P<router>{re.escape(at.router)}\..+)|{stored})$")
 
 
+def _check_alike(model: Model, layers: tuple[ExpertLayer, ...]) -> None:
+    """Every layer has the router's and the shared tensors that the others have: a bias in one is a bias in all."""
+    prefixes = {layer.layer: model.architecture.layers.format(layer=layer.layer) for layer in layers}
+    parts = {at.layer: {n.removeprefix(prefixes[at.layer]) for n in (*at.router, *at.fused)} for at in layers}
+    wanted = set().union(*parts.values())
+    for layer, there in parts.items():
+        if wanted - there:
+            raise _missing(prefixes[layer] + min(wanted - there))
+
+
 def _check(model: Model, at: Experts, layer: ExpertLayer, count: int) -> None:
     block = f"{model.architecture.layers.format(layer=layer.layer)}.{at.block}"
     needed = [f"{block}.{at.router}.weight"]
@@ -224,14 +237,24 @@ def _missing(name: str) -> CorruptCheckpoint:
 
 
 def renumbered(config: Mapping[str, Any], names: Mapping[str, str], gone: frozenset[str]) -> Any:
-    """A quantization config whose lists of modules follow experts that were renumbered (old -> new) or dropped."""
+    """A quantization config in which names of modules follow experts that were renumbered (old -> new) or dropped.
+
+    Raises UnsupportedModel where a pattern names experts by number: it would mean others afterwards.
+    """
+
+    def named(word: Any) -> Any:
+        if isinstance(word, str) and not word.startswith("model.") and _NUMBERED.search(word):
+            raise UnsupportedModel(
+                f"quantization_config names experts by the pattern {word!r}", cause="their numbers change",
+                remedy="name them one by one, in full",
+            )  # fmt: skip
+        return names.get(word, word) if isinstance(word, str) else word
 
     def follow(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: follow(item) for key, item in value.items()}
+            return {named(key): follow(item) for key, item in value.items() if key not in gone}
         if isinstance(value, list):
-            return [names.get(item, item) if isinstance(item, str) else follow(item) for item in value
-                    if not (isinstance(item, str) and item in gone)]  # fmt: skip
-        return value
+            return [follow(item) for item in value if not (isinstance(item, str) and item in gone)]
+        return named(value)
 
     return follow(config)

@@ -85,7 +85,7 @@ def stored_result(checkpoint: Checkpoint, step: Step, calibration: Calibration, 
                 cause=f"it was made by {measured.get('operation')!r} on a base of family {measured.get('family')!r}",
                 remedy="measure this base with these settings, by naming a folder or leaving --statistics out",
             )
-        return found
+        return Statistics(found.tensors, {**found.facts, "given": True}, found.fingerprint)
     if place.suffix == ".safetensors":
         raise UsageError(
             f"{place} is not there", cause="--statistics names a result of calibration, or a folder for results",
@@ -106,6 +106,7 @@ def _measured(checkpoint: Checkpoint, step: Step) -> dict[str, Any]:
         "settings": json.loads(json.dumps(step.operation.measured_by(step.settings))),
         "family": checkpoint.config.get("model_type"),
         "base": checkpoint.identity(),
+        "weights": checkpoint.sample(),
     }
 
 

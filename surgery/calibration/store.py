@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,6 +50,15 @@ def store_statistics(path: Path, found: Statistics) -> Statistics:
         save_file(tensors, temporary, {"facts": json.dumps(found.facts), "fingerprint": found.fingerprint})
         temporary.replace(path)
     return load_statistics(path)
+
+
+def statistics_digest(found: Statistics) -> str:
+    """A hash of everything that was measured."""
+    digest = hashlib.sha256(json.dumps(dict(found.facts), sort_keys=True).encode())
+    for name in sorted(found.tensors):
+        digest.update(name.encode())
+        digest.update(found.tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_statistics(path: Path) -> Statistics:

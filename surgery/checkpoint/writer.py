@@ -45,7 +45,11 @@ def _untold(_count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Where and how shards are written. `prefix` is the folder's name relative to the journal's folder."""
+    """Where and how shards are written.
+
+    `prefix` is the folder's name relative to the journal's folder; `recipe` names what the shards are made by, beyond
+    what is equal for all runs that share a journal: a file that was made by another recipe is made anew.
+    """
 
     checkpoint: Checkpoint
     folder: Path
@@ -54,6 +58,7 @@ class Job:
     workers: int = 2
     link: bool = False
     progress: Progress = _untold
+    recipe: str = ""
 
 
 def write_shards(job: Job, shards: tuple[Shard, ...]) -> dict[str, Finished]:
@@ -110,15 +115,19 @@ def hash_file(path: Path) -> Finished:
 
 def hash_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the stored bytes of each tensor."""
-    found: dict[str, str] = {}
-    for name in names:
-        info, digest = checkpoint.tensors[name], hashlib.sha256()
-        path = checkpoint.path(info.shard)
-        with reading_errors(path), path.open("rb", buffering=0) as file:
-            for block in _blocks(file.fileno(), info.offset, info.nbytes, info.shard):
+    return {name: hash_value(checkpoint, Stored(checkpoint.tensors[name])) for name in names}
+
+
+def hash_value(checkpoint: Checkpoint, value: Stored | Rows) -> str:
+    """SHA-256 of the bytes of a stored tensor, or of slices of it."""
+    info, digest = value.info, hashlib.sha256()
+    path = checkpoint.path(info.shard)
+    runs = value.runs() if isinstance(value, Rows) else [(info.offset, info.nbytes)]
+    with reading_errors(path), path.open("rb", buffering=0) as file:
+        for start, length in runs:
+            for block in _blocks(file.fileno(), start, length, info.shard):
                 digest.update(block)
-        found[name] = digest.hexdigest()
-    return found
+    return digest.hexdigest()
 
 
 class environment_errors:  # noqa: N801 - reads as a statement: `with environment_errors(path):`
@@ -145,7 +154,7 @@ class environment_errors:  # noqa: N801 - reads as a statement: `with environmen
 
 
 def _shard(job: Job, shard: Shard, stop: Event) -> Finished:
-    name = job.prefix + shard.name
+    name = job.prefix + shard.name + (f"@{job.recipe}" if job.recipe else "")
     path = job.folder / shard.name
     earlier = job.journal.finished.get(name)
     if earlier is not None and path.is_file() and path.stat().st_size == earlier.bytes:

@@ -41,10 +41,16 @@ def make_lock(
         },
         "manifest": manifest.portable().to_json(),
         "promises": {"kv_bytes_per_token": plan.cache_bytes_after, "kv_dtype": plan.cache_dtype},
-        "statistics": {name: dict(found.facts.get("provenance", {})) for name, found in measured.items()},
+        "statistics": {name: _measurement(found) for name, found in measured.items()},
         "verification": None if verification is None else asdict(verification),
         "versions": versions(),
     }
+
+
+def _measurement(found: Statistics) -> dict[str, Any]:
+    """What a measurement saw; `given` where it was made elsewhere, and is needed again to do this again."""
+    given = {"given": True} if found.facts.get("given") else {}
+    return {**found.facts.get("provenance", {}), **given}
 
 
 def lock_bytes(lock: Mapping[str, Any]) -> bytes:

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.architectures import Model
-from surgery.architectures.experts import Numbers, groups, main_layers, mass_depends, numbers, unfit_groups
+from surgery.architectures.experts import Numbers, groups, main_layers, numbers, unfit_groups
 from surgery.operations.base import Measuring, Operation, Settings, Statistics
 from surgery.operations.experts.layers import write_numbers
-from surgery.operations.experts.mass import correct_mass
+from surgery.operations.experts.mass import correct_mass, unfit_correction
 from surgery.planning import Draft
 
 Positive = Annotated[int, Field(ge=1)]
@@ -95,11 +95,9 @@ def refuses(model: Model, settings: ExpertTopKSettings) -> str | None:
             return f"layer {layer} has {found.experts[layer]} experts, and {after} per token are more"
         if divided > 1 and after > taken * found.experts[layer] // divided:
             return f"{after} experts per token are more than {taken} groups hold"
-    if settings.mass_correction and not mass_depends(model):
-        return "mass_correction has nothing to correct: the weights of a token's experts always sum to one number"
-    if settings.mass_correction and model.config.get("quantization_config"):
-        return "mass_correction scales weights, and the base is quantized"
-    return None
+    if wanted == [*found.top_k.values()]:
+        return "tokens take that many experts already: nothing would change"
+    return unfit_correction(model) if settings.mass_correction else None
 
 
 def edit(draft: Draft, settings: ExpertTopKSettings, statistics: Statistics | None) -> None:
@@ -141,8 +139,6 @@ OPERATION = Operation(
     edit=edit,
     measures=lambda settings: settings.mass_correction,
     measure=measure,
-    limits=(
-        "All experts stay in memory. How much faster it is depends on the engine and on the load: measure it.",
-    ),
+    limits=("All experts stay in memory. How much faster it is depends on the engine and on the load: measure it.",),
     changes=frozenset({"router", "attention", "norms"}),
 )

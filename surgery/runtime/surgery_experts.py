@@ -25,7 +25,8 @@ def experts_per_layer(config: Any, layers: nn.ModuleList) -> nn.ModuleList:
                 setattr(of_layer, key, count)
         of_layer.num_experts_per_tok = top_k
         block = type(getattr(layer, name))(of_layer)
-        if hasattr(getattr(block, "experts", None), "config"):
-            block.experts.config = config  # where the model says how experts are computed, also after loading
+        # The model's config says how experts are computed, also after loading; FP8 loaders take sizes from it instead.
+        if hasattr(getattr(block, "experts", None), "config") and not getattr(config, "quantization_config", None):
+            block.experts.config = config
         setattr(layer, name, block)
     return layers

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from surgery.errors import UnsupportedModel
 from tests import moe_reference
 from tests.moe_cases import (
     KEEPS,
@@ -65,41 +66,47 @@ def test_fp8_weights_keep_their_bytes_and_scales(groups, kind, tmp_path):
     close(logits(plain(out)), wanted)
 
 
-@every_kind
-def test_mxfp4_blocks_and_scales_are_slices(kind, tmp_path):
+def test_mxfp4_blocks_and_scales_are_slices(tmp_path):
     from transformers import Mxfp4Config
 
     base = write_mxfp4(tmp_path / "base", 3, shards=2, experts=8, top_k=2)
-    out = convert(base, tmp_path / "out", prune(KEEPS[kind]))
+    out = convert(base, tmp_path / "out", prune(KEEPS["uniform"]))
     found = raw(out)
-    assert found == expected(base, by_layer(KEEPS[kind]))
+    assert found == expected(base, by_layer(KEEPS["uniform"]))
     packed = {name: entry[:2] for name, entry in found.items() if name.endswith(("_blocks", "_scales"))}
     assert len(packed) == 8
     assert all(
-        dtype == "U8" and shape[0] == len(KEEPS[kind][int(name.split(".")[2])])
+        dtype == "U8" and shape[0] == len(KEEPS["uniform"][int(name.split(".")[2])])
         for name, (dtype, shape) in packed.items()
     )
     assert config_of(out)["quantization_config"] == config_of(base)["quantization_config"]
-    assert bool(code_of(out)) == (kind == "per_layer")
+    assert not code_of(out)
 
     def plain(folder):
         return load(folder, told=UNPACKED, quantization_config=Mxfp4Config(dequantize=True)).float()
 
     whole = plain(base)
     before = logits(whole)
-    wanted = logits(moe_reference.masked(whole, by_layer(KEEPS[kind])))
+    wanted = logits(moe_reference.masked(whole, by_layer(KEEPS["uniform"])))
     assert differs(wanted, before)
     close(logits(plain(out)), wanted)
 
 
-@every_kind
-def test_mxfp4_loads_as_it_is_published(kind, tmp_path):
+def test_mxfp4_loads_as_it_is_published(tmp_path):
     """Without a word about how; experts are unpacked into bfloat16 where their kernels do not run."""
     base = write_mxfp4(tmp_path / "base", 3, experts=8, top_k=2)
-    out = convert(base, tmp_path / "out", prune(KEEPS[kind]))
+    out = convert(base, tmp_path / "out", prune(KEEPS["uniform"]))
     model, whole = load(out, told=UNPACKED), load(base, told=UNPACKED)
-    wanted = moe_reference.masked(whole, by_layer(KEEPS[kind]))
+    wanted = moe_reference.masked(whole, by_layer(KEEPS["uniform"]))
     close(logits(model.float()), logits(wanted.float()))
+
+
+def test_unequal_numbers_of_mxfp4_experts_are_refused(tmp_path):
+    """Where its kernels run, the loader makes every layer by the one number of the config."""
+    base = write_mxfp4(tmp_path / "base", 3, experts=8, top_k=2)
+    with pytest.raises(UnsupportedModel, match="expert_prune does not fit") as caught:
+        convert(base, tmp_path / "out", prune(KEEPS["per_layer"]))
+    assert "MXFP4" in caught.value.cause
 
 
 @pytest.mark.parametrize("key", ["ignore", "modules_to_not_convert"])

@@ -279,7 +279,7 @@ def test_layers_with_too_few_tokens_fall_back(tmp_path):
     sums[:, 1, 1] = torch.tensor([4.0, 3.0, 2.0, 1.0]) * sums[:, 0, 0]  # reap keeps 0 and 1
     sums[:, 0, 1] = torch.tensor([1.0, 2.0, 3.0, 4.0]) * sums[:, 0, 0]  # man keeps 2 and 3
     for fallback, wanted in (("man", {0: [2, 3], 1: [0, 1]}), (None, {0: [0, 1], 1: [0, 1]})):
-        decision = decide(model_of(base), chosen(keep=2, fallback=fallback), statistics_of([[1.0] * 4] * 2, sums))
+        decision = decide(model_of(base), chosen(keep=2, criterion="reap", fallback=fallback), statistics_of([[1.0] * 4] * 2, sums))
         assert decision.kept == wanted
         assert decision.fell_back == ({0} if fallback else set())
         assert decision.scores[1] == [4.0, 3.0, 2.0, 1.0]

@@ -137,7 +137,7 @@ def test_unequal_layers_are_not_cut_again(first, tmp_path):
     ids = {few: [0, 2], many: [0, 4]}
     by_ids = [again[0], {"expert_prune": {"keep": [ids[0], ids[1]]}}]
     out = surgery.convert(str(tmp_path / "base"), tmp_path / "out", manifest("expert_prune", {}, operations=by_ids))
-    assert out.lock["decisions"]["0.expert_prune"]["kept"] == {str(layer): ids[layer] for layer in range(2)}
+    assert out.lock["decisions"]["1.expert_prune"]["kept"] == {str(layer): ids[layer] for layer in range(2)}
     by_ids[1] = {"expert_prune": {"keep": [[0, 3] if layer == few else ids[layer] for layer in range(2)]}}
     for error in refused(tmp_path, manifest("expert_prune", {}, operations=by_ids), headers=True):
         assert_error(error, UnsupportedModel, f"expert 3 in MoE layer {few}, and there are 3", 3)
@@ -198,8 +198,12 @@ def test_statistics_of_something_else_are_refused(name, said, measured, tmp_path
 
 
 def test_the_right_statistics_are_taken(measured, tmp_path):
-    write_tiny(tmp_path / "base", "qwen3_moe", seed=1)  # equal in all that `identity` looks at
+    write_tiny(tmp_path / "base", "qwen3_moe")
     assert not surgery.plan(str(tmp_path / "base"), manifest("expert_prune", {"keep": 2}), statistics=measured["four"]).estimated
+    write_tiny(tmp_path / "tuned", "qwen3_moe", seed=1)  # equal in all but the weights
+    with pytest.raises(UsageError) as caught:
+        surgery.plan(str(tmp_path / "tuned"), manifest("expert_prune", {"keep": 2}), statistics=measured["four"])
+    assert_error(caught.value, UsageError, "other weights", 2)
 
 
 def _resaved(keep: str, change: Any = lambda tensors: None):
@@ -293,7 +297,7 @@ def test_experts_that_are_swapped_while_writing_are_caught(monkeypatch, tmp_path
     monkeypatch.setattr(writer, "_stored", swapped)
     with pytest.raises(InternalError) as caught:
         surgery.convert(str(tmp_path / "base"), tmp_path / "out", given)
-    assert_error(caught.value, InternalError, f"its bytes differ from those of '{one}'", 70)
+    assert_error(caught.value, InternalError, f"they should be those of '{one}'", 70)
     assert "experts.0.gate_proj.weight" in caught.value.problem
     assert not (tmp_path / "out").exists()
 

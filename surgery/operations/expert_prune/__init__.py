@@ -13,7 +13,6 @@ from surgery.architectures.experts import (
     expert_layers,
     groups,
     main_layers,
-    mass_depends,
     numbers,
     unfit_groups,
 )
@@ -29,7 +28,7 @@ from surgery.operations.expert_prune.decision import (
 )
 from surgery.operations.expert_prune.settings import ExpertPruneSettings
 from surgery.operations.experts.layers import cut, drop_drafts, write_numbers
-from surgery.operations.experts.mass import correct_mass
+from surgery.operations.experts.mass import correct_mass, unfit_correction
 from surgery.planning import Draft
 
 # Some kernels and expert parallelism want multiples of this.
@@ -45,8 +44,8 @@ def refuses(model: Model, settings: ExpertPruneSettings) -> str | None:
         return "no layer of it has experts"
     count = layers[0].count
     divided, taken = groups(model)
-    if settings.explicit is None and len({layer.count for layer in layers}) > 1:
-        return "its layers have unequal numbers of experts already: name the ids that stay"
+    if (settings.explicit is None or settings.calibrates) and len({layer.count for layer in layers}) > 1:
+        return "its layers have unequal numbers of experts already: name the ids that stay, without mass_correction"
     reason = unfit_groups(model)
     if reason:
         return reason
@@ -62,11 +61,16 @@ def refuses(model: Model, settings: ExpertPruneSettings) -> str | None:
             return reason
     if isinstance(listed, int) and listed >= count:
         return f"keep {listed} of {count} experts drops none"
-    if settings.mass_correction and not mass_depends(model):
-        return "mass_correction has nothing to correct: the weights of a token's experts always sum to one number"
-    if settings.mass_correction and model.config.get("quantization_config"):
-        return "mass_correction scales weights, and the base is quantized"
-    return _unfit_counts(model, settings)
+    reason = unfit_correction(model) if settings.mass_correction else None
+    return reason or _unfit_counts(model, settings) or _unfit_format(model, settings)
+
+
+def _unfit_format(model: Model, settings: ExpertPruneSettings) -> str | None:
+    method = (model.config.get("quantization_config") or {}).get("quant_method")
+    unequal = settings.allocation == "measured" or len(set(uniform_counts(model, settings).values())) > 1
+    if method == "mxfp4" and unequal:
+        return "its MXFP4 loader takes one number of experts for all layers; keep as many in each"
+    return None
 
 
 def _unfit_ids(explicit: list[list[int]], counts: list[int], divided: int) -> str | None:
@@ -180,8 +184,6 @@ def _notes(whole: int, settings: ExpertPruneSettings, decision: Decision) -> lis
         )
     if len(counts) == 1 and counts[0] % MULTIPLE and whole % MULTIPLE == 0:
         notes.append(f"{counts[0]} experts are no multiple of {MULTIPLE}: some kernels and expert parallelism want one")
-    if len(counts) > 1:
-        notes.append("training with output_router_logits (the balancing loss) needs equal numbers of experts")
     return notes
 
 

@@ -93,7 +93,7 @@ def offered_counts(model: Model, layer: ExpertLayer, least: int) -> list[int]:
     divided, _ = groups(model)
     step = max(layer.count // 8 // divided, 1) * divided
     offered = [number for number in range(step, layer.count, step) if number >= least]
-    return [*offered, layer.count]
+    return sorted({least, *offered, layer.count})
 
 
 def least_counts(model: Model) -> dict[int, int]:

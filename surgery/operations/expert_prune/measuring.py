@@ -27,7 +27,7 @@ from surgery.operations.experts.measuring import (
 
 # Windows on which the damage of cut layers is measured, at most; with 8 the differences between layers drown in noise.
 PROBES = 32
-FP8_BLOCK = 128
+FP8_BLOCK = (128, 128)
 
 
 @torch.no_grad()
@@ -86,11 +86,12 @@ def _usage(
             continue
         with watched([block], usage.see):
             run_layer(call, stream)
-        usage.peaks = whole.peaks  # super experts are those of the base: one layer alone does not tell
-        so_far = Statistics({"sums": usage.sums, "peaks": usage.peaks}, {})
+        # Super experts are those of the base: one layer alone does not tell.
+        so_far = Statistics({"sums": usage.sums, "peaks": whole.peaks}, {})
         with changed(block, decide(measuring.model, _unguarded(settings), so_far).kept[number]):
             stream = run_layer(call, stream)
         measuring.progress(number + 1, len(calls))
+    usage.peaks = whole.peaks
     return usage, weights
 
 
@@ -150,12 +151,12 @@ def _concentrations(measuring: Measuring, layer: ExpertLayer) -> list[float]:
     if layer.fused:
         for name in layer.fused:
             if len(measuring.model.shapes[name]) == 3:
-                for expert, weight in enumerate(_weight(measuring, name)):
-                    _add(sums[:, expert], weight)
+                for expert, stored in enumerate(measuring.tensor(name)):
+                    _add(sums[:, expert], _weight(measuring, name, stored))
     for expert, names in layer.experts.items():
         for name in names:
             if name.endswith(".weight"):
-                _add(sums[:, expert], _weight(measuring, name))
+                _add(sums[:, expert], _weight(measuring, name, measuring.tensor(name)))
     scores = -sums[0] / (sums[1] * sums[2]).sqrt()
     found: list[float] = torch.where(sums[1] > 0, scores, -torch.inf).tolist()  # an expert of zeros goes first
     return found
@@ -167,13 +168,14 @@ def _add(sums: Tensor, weight: Tensor) -> None:
     sums[2] += weight.numel()
 
 
-def _weight(measuring: Measuring, name: str) -> Tensor:
+def _weight(measuring: Measuring, name: str, stored: Tensor) -> Tensor:
     """A matrix in float32, FP8 multiplied by the scales of its blocks. Raises UnsupportedModel for packed ones."""
-    stored = measuring.tensor(name)
     scales = f"{name}_scale_inv"
     if stored.dtype == torch.float8_e4m3fn and measuring.model.has(scales):
-        wide = measuring.tensor(scales).float().repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
-        return _finite(name, stored.float() * wide[: stored.shape[0], : stored.shape[1]])
+        rows, columns = (measuring.model.config.get("quantization_config") or {}).get("weight_block_size") or FP8_BLOCK
+        wide = measuring.tensor(scales).float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        if (-(-stored.shape[0] // rows), -(-stored.shape[1] // columns)) == measuring.model.shapes[scales]:
+            return _finite(name, stored.float() * wide[: stored.shape[0], : stored.shape[1]])
     if not stored.is_floating_point() or stored.dtype.itemsize < 2:
         raise UnsupportedModel(
             f"{name!r} is quantized, and its numbers mean nothing by themselves",

@@ -105,6 +105,8 @@ class ExpertPruneSettings(Settings):
         named = isinstance(self.keep, list)
         if named and self.allocation == "measured":
             raise ValueError("can have allocation: measured only with one number, share or size for all layers")
+        if self.explicit is not None and (self.calibration_required or self.fallback or self.statistics == "layerwise"):
+            raise ValueError("names the ids, and calibration_required, fallback and layerwise are for choosing them")
         if self.calibration_required and self.weighting is None:
             raise ValueError("can have calibration_required only with a criterion that calibration gives")
         if self.statistics == "layerwise" and (self.allocation == "measured" or self.weighting is None):

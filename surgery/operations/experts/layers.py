@@ -80,4 +80,5 @@ def write_numbers(draft: Draft, found: Numbers) -> None:
         draft.parts.append(PART)
         if config.get("output_router_logits"):  # the stock balancing loss takes layers of equal size
             config["output_router_logits"] = False
+            draft.notes.append("output_router_logits is off: the balancing loss takes layers that are alike")
     config["surgery"] = ours

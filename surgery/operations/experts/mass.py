@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from surgery.architectures.experts import family_experts, main_layers
+from surgery.architectures import Model
+from surgery.architectures.experts import family_experts, main_layers, mass_depends
 from surgery.checkpoint.expressions import Tensors
 from surgery.operations.base import Statistics
 from surgery.planning import Draft
+
+
+def unfit_correction(model: Model) -> str | None:
+    """Why the routed weights of a model cannot be corrected, or None."""
+    if not mass_depends(model):
+        return "mass_correction has nothing to correct: the weights of a token's experts always sum to one number"
+    if model.config.get("quantization_config"):
+        return "mass_correction scales weights, and the base is quantized"
+    return None
 
 
 def correct_mass(draft: Draft, statistics: Statistics, operation: str) -> None:
@@ -20,8 +30,7 @@ def correct_mass(draft: Draft, statistics: Statistics, operation: str) -> None:
     last = family_experts(model).projections[-1]
     for layer in main_layers(model):
         factor = statistics.facts["mass_factors"].get(str(layer.layer))
-        names = layer.fused or [name for of in layer.experts.values() for name in of]
-        for name in names:
+        for name in (name for of in layer.experts.values() for name in of):
             if factor is not None and f".{last}" in name:
                 _scale(draft, name, factor, f"{operation}: mass_correction")
 
@@ -31,4 +40,5 @@ def _scale(draft: Draft, name: str, factor: float, why: str) -> None:
         wide = tensors[name]
         return {name: (wide.double() * factor).to(wide.dtype)}
 
-    draft.rewrite([name], {name: draft.spec(name)}, function, why=why, work_bytes=8 * draft.spec(name).nbytes)
+    spec = draft.spec(name)
+    draft.rewrite([name], {name: spec}, function, why=why, work_bytes=8 * spec.nbytes)
