@@ -448,10 +448,10 @@ def _verify(run: _Run, base: Checkpoint, plan: Plan, folder: Path) -> Verificati
 def _hashing(checkpoint: Checkpoint, unchanged: Collection[str]) -> Iterator[Callable[[], dict[str, Finished]]]:
     """Hash, beside what runs in the block, every file of the base that was read and is not `unchanged`.
 
-    Yields a function that waits for the hashes. A thread of its own keeps a core busy while others import or sync.
+    Yields a function that waits for the hashes. Threads of its own keep cores busy while others import or sync.
     """
     names = ["config.json", *checkpoint.shards, *(f.name for f in checkpoint.side_files if not f.dropped)]
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="surgery-hash")
+    pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="surgery-hash")
     futures = {name: pool.submit(hash_file, checkpoint.path(name)) for name in names if name not in unchanged}
     try:
         yield lambda: {name: future.result() for name, future in futures.items()}
