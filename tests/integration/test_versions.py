@@ -33,7 +33,9 @@ CORE = [
 ]  # fmt: skip
 STOCK = {"method": "stride", "kv_ratio": 0.5}
 LATENT = {"method": "stride", "qk_dim": 8, "vo_dim": 4}
-NATIVE_FAMILIES = [name for name, family in architectures().items() if family.attention.native_head_dim]
+NATIVE_FAMILIES = [
+    name for name, family in architectures().items() if family.attention.native_head_dim and not family.attention.unlike
+]
 
 pytestmark = [pytest.mark.slow, pytest.mark.versions]
 # Logits of every folder in a place, by one release, from which surgery is barred.
