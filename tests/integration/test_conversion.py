@@ -97,11 +97,12 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(large: Path, tmp_path
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        killed += not out.exists()
-        if not out.exists():
+        complete = out.exists()  # killed between the rename and the removal of OUT.partial, or not at all
+        killed += not complete
+        if not complete:
             resumed += surgery.convert(str(large), out, manifest(STRIDE)).resumed_files
         assert hashes(out) == expected, f"kill {number} left other bytes"
-        assert not out.with_name("killed.partial").exists() or child.returncode == 0
+        assert complete or not out.with_name("killed.partial").exists()
         shutil.rmtree(out)
         shutil.rmtree(out.with_name("killed.partial"), ignore_errors=True)
     assert killed >= 10, "most conversions must have been caught in the middle"
