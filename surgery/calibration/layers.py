@@ -39,8 +39,13 @@ def input_device(network: Any) -> torch.device:
 
 def decoder_layers(network: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model."""
-    layers: nn.ModuleList = network.get_decoder().layers if hasattr(network, "get_decoder") else network.model.layers
+    layers: nn.ModuleList = decoder(network).layers
     return layers
+
+
+def decoder(network: Any) -> Any:
+    """The part of a causal language model below its head: layers, and the norm after them."""
+    return network.get_decoder() if hasattr(network, "get_decoder") else network.model
 
 
 def record_calls(network: Any, windows: Tensor) -> tuple[Tensor, list[LayerCall]]:

@@ -41,16 +41,17 @@ def measure(
     version of surgery. Or it is one such file, from any machine: then it must be of a base with the same config and
     tensors, and nothing is measured. Raises UsageError where it is not.
     """
-    found = stored_result(checkpoint, step, calibration, place)
-    if found is not None:
+    found = _given(checkpoint, step, place)
+    key = "" if found is not None else _fingerprint(checkpoint, step, calibration)
+    path = _path(place, step, key)
+    if found is not None or path.is_file():
         report(Progress(stage, 1, 1, "stored result"))
-        return found
+        return found or load_statistics(path)
     if step.operation.measure is None:
         raise UsageError(
             f"{step.operation.name} says that it measures but cannot", cause="its declaration lacks `measure`",
             remedy="report this to the operation's author",
         )  # fmt: skip
-    key = _fingerprint(checkpoint, step, calibration)
     model = open_draft(checkpoint).model
 
     def tensor(name: str) -> Tensor:
@@ -70,11 +71,20 @@ def measure(
             found = step.operation.measure(measuring, step.settings)
         provenance = {**windows.provenance, "tokens_sha256": windows.fingerprint}
     facts = {**found.facts, "provenance": provenance, "measured": _measured(checkpoint, step)}
-    return store_statistics(_path(place, step, key), Statistics(found.tensors, facts, key))
+    return store_statistics(path, Statistics(found.tensors, facts, key))
 
 
 def stored_result(checkpoint: Checkpoint, step: Step, calibration: Calibration, place: Path) -> Statistics | None:
     """The stored result of an equal measurement, where there is one. See `measure`."""
+    found = _given(checkpoint, step, place)
+    if found is not None:
+        return found
+    path = _path(place, step, _fingerprint(checkpoint, step, calibration))
+    return load_statistics(path) if path.is_file() else None
+
+
+def _given(checkpoint: Checkpoint, step: Step, place: Path) -> Statistics | None:
+    """The result in `place` where that is a file; None for a folder. Raises UsageError where it is of another base."""
     if place.is_file():
         found = load_statistics(place)
         wanted, measured = _measured(checkpoint, step), dict(found.facts.get("measured") or ())
@@ -91,8 +101,7 @@ def stored_result(checkpoint: Checkpoint, step: Step, calibration: Calibration, 
             f"{place} is not there", cause="--statistics names a result of calibration, or a folder for results",
             remedy="check the path",
         )  # fmt: skip
-    path = _path(place, step, _fingerprint(checkpoint, step, calibration))
-    return load_statistics(path) if path.is_file() else None
+    return None
 
 
 def _path(folder: Path, step: Step, key: str) -> Path:

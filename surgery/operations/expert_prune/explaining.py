@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.architectures import Model
+from surgery.architectures.experts import main_layers
 from surgery.operations.base import Explanation
 from surgery.operations.expert_prune.decision import Decision
 from surgery.operations.expert_prune.settings import ExpertPruneSettings
@@ -51,8 +52,6 @@ def _layer(model: Model, decision: Decision, layer: int) -> dict[str, Any]:
 
 
 def _stored(model: Model, layer: int) -> int:
-    from surgery.architectures.experts import main_layers
-
     return next(at.count for at in main_layers(model) if at.layer == layer)
 
 

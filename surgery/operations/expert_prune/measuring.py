@@ -16,6 +16,7 @@ from surgery.operations.base import Measuring, Statistics
 from surgery.operations.expert_prune.decision import decide, least_counts, offered_counts
 from surgery.operations.expert_prune.settings import ExpertPruneSettings
 from surgery.operations.experts.blocks import Block, changed, moe_blocks, watched
+from surgery.operations.experts.criteria import WEIGHTS_ONLY
 from surgery.operations.experts.measuring import (
     Usage,
     correction,
@@ -35,12 +36,7 @@ def measure(measuring: Measuring, settings: ExpertPruneSettings) -> Statistics:
     """Everything that `decide` needs for these settings."""
     layers = main_layers(measuring.model)
     if settings.weights_only:
-        read = _norms if settings.criterion == "router_norm" else _concentrations
-        rows = []
-        for layer in layers:
-            rows.append(read(measuring, layer))
-            measuring.progress(len(rows), len(layers))
-        return Statistics({str(settings.criterion): torch.tensor(rows, dtype=torch.float64)}, _about(layers, 0))
+        return Statistics(_weight_scores(measuring, settings), _about(layers, 0))
     blocks = moe_blocks(measuring.network)
     if [*blocks] != [layer.layer for layer in layers]:
         raise InternalError(
@@ -48,7 +44,8 @@ def measure(measuring: Measuring, settings: ExpertPruneSettings) -> Statistics:
             cause=f"the tensors say {[n.layer for n in layers]}",
             remedy="report this as a defect, with the model's config.json",
         )  # fmt: skip
-    usage, found = _usage(measuring, settings, blocks)
+    usage = _usage(measuring, settings, blocks)
+    found = _weight_scores(measuring, settings) if settings.criterion in WEIGHTS_ONLY else {}
     facts = _about(layers, int(measuring.windows.numel()))
     statistics = Statistics({"sums": usage.sums, "peaks": usage.peaks, **found}, facts)
     if settings.allocation == "measured" and settings.explicit is None:
@@ -64,19 +61,22 @@ def _about(layers: Sequence[ExpertLayer], tokens: int) -> dict[str, Any]:
     return {"layers": [layer.layer for layer in layers], "experts": layers[0].count, "tokens": tokens}
 
 
-def _usage(
-    measuring: Measuring, settings: ExpertPruneSettings, blocks: dict[int, Block]
-) -> tuple[Usage, dict[str, Tensor]]:
-    """Usage in the base, or in each layer after those before it were cut; weights-only scores where they decide."""
-    weights: dict[str, Tensor] = {}
-    if settings.weighting is None and settings.criterion in {"aimer", "router_norm"}:
-        read = _norms if settings.criterion == "router_norm" else _concentrations
-        rows = [read(measuring, layer) for layer in main_layers(measuring.model)]
-        weights[str(settings.criterion)] = torch.tensor(rows, dtype=torch.float64)
+def _weight_scores(measuring: Measuring, settings: ExpertPruneSettings) -> dict[str, Tensor]:
+    """Scores [layers, experts] by a criterion that looks at weights only, under its name."""
+    read = _norms if settings.criterion == "router_norm" else _concentrations
+    layers, rows = main_layers(measuring.model), []
+    for layer in layers:
+        rows.append(read(measuring, layer))
+        measuring.progress(len(rows), len(layers))
+    return {str(settings.criterion): torch.tensor(rows, dtype=torch.float64)}
+
+
+def _usage(measuring: Measuring, settings: ExpertPruneSettings, blocks: dict[int, Block]) -> Usage:
+    """Usage in the base, or in each layer after those before it were cut."""
     network, windows = measuring.network, measuring.windows
     whole = measure_usage(network, list(blocks.values()), windows, _progress(measuring, len(windows)))
     if settings.statistics == "one_shot":
-        return whole, weights
+        return whole
     usage = Usage(list(blocks.values()))
     stream, calls = record_calls(network, windows)
     for number, call in enumerate(calls):
@@ -92,7 +92,7 @@ def _usage(
             stream = run_layer(call, stream)
         measuring.progress(number + 1, len(calls))
     usage.peaks = whole.peaks
-    return usage, weights
+    return usage
 
 
 def _unguarded(settings: ExpertPruneSettings) -> ExpertPruneSettings:

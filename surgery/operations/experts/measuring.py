@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.calibration.layers import BATCH, LayerCall, input_device
+from surgery.calibration.layers import BATCH, LayerCall, decoder, input_device
 from surgery.errors import CorruptCheckpoint
 from surgery.operations.experts.blocks import Block, changed, watched
 
@@ -53,9 +53,8 @@ class Usage:
 
 def run_decoder(network: Any, windows: Tensor, done: Callable[[int], None]) -> None:
     """Put windows [N, T] through the layers, without the head."""
-    decoder = network.get_decoder() if hasattr(network, "get_decoder") else network.model
     for start in range(0, len(windows), BATCH):
-        decoder(input_ids=windows[start : start + BATCH].to(input_device(network)), use_cache=False)
+        decoder(network)(input_ids=windows[start : start + BATCH].to(input_device(network)), use_cache=False)
         done(min(start + BATCH, len(windows)))
 
 
@@ -76,10 +75,9 @@ def log_probabilities(network: Any, calls: Sequence[LayerCall], hidden: Tensor) 
     """Log-probabilities [N * positions, vocabulary] of what enters the first of `calls`, at evenly spread positions."""
     for call in calls:
         hidden = run_layer(call, hidden)
-    decoder = network.get_decoder() if hasattr(network, "get_decoder") else network.model
     length = hidden.shape[1]
     at = torch.arange(0, length, max(length // POSITIONS, 1), device=hidden.device)
-    found: Tensor = network.get_output_embeddings()(decoder.norm(hidden[:, at]))
+    found: Tensor = network.get_output_embeddings()(decoder(network).norm(hidden[:, at]))
     return found.float().log_softmax(-1).flatten(0, 1)
 
 

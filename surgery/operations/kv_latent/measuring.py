@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.architectures import Model
-from surgery.calibration.layers import BATCH, LayerCall, attention_traffic, record_calls, replaced_output
+from surgery.calibration.layers import BATCH, LayerCall, attention_traffic, decoder, record_calls, replaced_output
 from surgery.errors import CorruptCheckpoint
 from surgery.operations.allocation import predicted_cost
 from surgery.operations.base import Measuring, Statistics
@@ -195,9 +195,8 @@ def _log_probabilities(walk: _Walk, first: int, hidden: Tensor) -> Tensor:
     network = walk.measuring.network
     for call in walk.calls[first:]:
         hidden = call.run(hidden)
-    decoder = network.get_decoder() if hasattr(network, "get_decoder") else network.model
     at = walk.queries[-len(hidden) :][..., None].expand(-1, -1, hidden.shape[-1])
-    found: Tensor = network.get_output_embeddings()(decoder.norm(hidden.gather(1, at)))
+    found: Tensor = network.get_output_embeddings()(decoder(network).norm(hidden.gather(1, at)))
     return found.float().log_softmax(-1).flatten(0, 1)
 
 
