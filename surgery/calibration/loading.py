@@ -12,7 +12,7 @@ import torch
 
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import EnvironmentFailure, UsageError
-from surgery.planning import FLOAT32_LIMIT
+from surgery.planning import FLOAT32_LIMIT, storage_dtype
 
 
 @contextmanager
@@ -22,8 +22,9 @@ def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = N
     `max_memory` is the bytes of weights that may be resident; None takes half of what the machine has free.
     """
     check_device(device)
-    dtype = torch.float32 if checkpoint.parameter_count * 4 <= FLOAT32_LIMIT else "auto"
-    needed = checkpoint.parameter_count * 4 if dtype == torch.float32 else checkpoint.tensor_bytes
+    small = checkpoint.parameter_count * 4 <= FLOAT32_LIMIT
+    dtype = torch.float32 if small else "auto"
+    needed = checkpoint.parameter_count * 4 if small else checkpoint.tensor_bytes
     limit = max_memory if max_memory is not None else _free_memory() // 2
     settings: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="surgery-offload-") as folder:
@@ -32,6 +33,14 @@ def loaded_model(checkpoint: Checkpoint, device: str, max_memory: int | None = N
         elif needed > limit:
             settings |= {"device_map": "auto", "max_memory": {"cpu": limit}, "offload_folder": folder}
         yield causal_lm(checkpoint, dtype, **settings).eval()
+
+
+def measured_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type in which a checkpoint is measured: float32 where that is small, else the stored one."""
+    if checkpoint.parameter_count * 4 <= FLOAT32_LIMIT:
+        return torch.float32
+    stored: torch.dtype = getattr(torch, storage_dtype(checkpoint))
+    return stored
 
 
 def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | str, **settings: Any) -> Any:

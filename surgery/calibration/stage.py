@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.calibration.documents import text_source
-from surgery.calibration.loading import load_tokenizer, loaded_model
+from surgery.calibration.loading import load_tokenizer, loaded_model, measured_dtype
 from surgery.calibration.store import load_statistics, store_statistics
+from surgery.calibration.streamed import opened_layers
 from surgery.calibration.text import Windows, sampled_windows, text_windows
 from surgery.checkpoint.evaluate import load
 from surgery.checkpoint.reader import Checkpoint
@@ -63,13 +67,30 @@ def measure(
     if step.weights_only:
         nothing = torch.empty(0, 0, dtype=torch.int64)
         found = step.operation.measure(Measuring(None, model, tensor, nothing, 0, progress), step.settings)
-        provenance: dict[str, Any] = {}
-    else:
-        with loaded_model(checkpoint, device) as network:
+        return _store(path, checkpoint, step, found, {}, key)
+    with TemporaryDirectory(prefix="surgery-measure-") as scratch, ExitStack() as stack:
+        layers = None
+        if step.operation.by_layers(step.settings):
+            if calibration.text == "self":
+                with loaded_model(checkpoint, device) as writer:
+                    windows = _windows(checkpoint, calibration, writer)
+            layers = stack.enter_context(opened_layers(checkpoint, torch.device(device), measured_dtype(checkpoint)))
+            network = layers.network
+        else:
+            network = stack.enter_context(loaded_model(checkpoint, device))
+        if layers is None or calibration.text != "self":
             windows = _windows(checkpoint, calibration, network)
-            measuring = Measuring(network, model, tensor, windows.tokens, calibration.seed, progress)
-            found = step.operation.measure(measuring, step.settings)
+        measuring = Measuring(
+            network, model, tensor, windows.tokens, calibration.seed, progress, layers, Path(scratch)
+        )  # fmt: skip
+        found = step.operation.measure(measuring, step.settings)
         provenance = {**windows.provenance, "tokens_sha256": windows.fingerprint}
+        return _store(path, checkpoint, step, found, provenance, key)
+
+
+def _store(
+    path: Path, checkpoint: Checkpoint, step: Step, found: Statistics, provenance: Mapping[str, Any], key: str
+) -> Statistics:
     facts = {**found.facts, "provenance": provenance, "measured": _measured(checkpoint, step)}
     return store_statistics(path, Statistics(found.tensors, facts, key))
 

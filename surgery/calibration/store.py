@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from surgery.checkpoint.dtypes import BITS, SAFETENSORS_NAMES
+from surgery.checkpoint.evaluate import to_bytes
+from surgery.checkpoint.expressions import TensorSpec
+from surgery.checkpoint.layout import header_bytes
 from surgery.checkpoint.reader import reading_errors
 from surgery.checkpoint.writer import environment_errors
 from surgery.errors import UsageError
@@ -46,10 +49,19 @@ def store_statistics(path: Path, found: Statistics) -> Statistics:
     with environment_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
-        save_file(tensors, temporary, {"facts": json.dumps(found.facts), "fingerprint": found.fingerprint})
+        specs = {name: _spec(found.tensors[name]) for name in sorted(found.tensors)}
+        ordered = sorted(specs, key=lambda name: -BITS[specs[name].dtype])  # so that every tensor is aligned
+        metadata = {"facts": json.dumps(found.facts), "fingerprint": found.fingerprint}
+        with temporary.open("wb") as file:  # one tensor at a time: together they may be as large as the model
+            file.write(header_bytes({name: specs[name] for name in ordered}, metadata))
+            for name in ordered:
+                file.write(to_bytes(found.tensors[name]))
         temporary.replace(path)
     return load_statistics(path)
+
+
+def _spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
 
 
 def statistics_digest(found: Statistics) -> str:

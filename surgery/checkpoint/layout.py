@@ -12,10 +12,12 @@ from surgery.checkpoint.expressions import Computed, Stored, TensorSpec, Value, 
 from surgery.checkpoint.header import Header
 from surgery.checkpoint.reader import INDEX, SINGLE, Checkpoint
 
+PYTORCH: Mapping[str, str] = {"format": "pt"}
 
-def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
+
+def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] = PYTORCH) -> bytes:
     """Length prefix and JSON for tensors that follow in this order, padded with spaces to eight bytes."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for name, spec in specs.items():
         end = position + spec.nbytes

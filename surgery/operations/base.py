@@ -21,6 +21,7 @@ from surgery.sizes import parse_count
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from surgery.calibration.streamed import Layers
     from surgery.checkpoint.reader import Checkpoint
     from surgery.manifest import Data
     from surgery.planning import Draft
@@ -68,7 +69,8 @@ class Measuring:
 
     `network` is the loaded transformers model in eval mode (parts of it may be offloaded by accelerate; None for what
     needs weights only), `model` its sizes and names, `tensor` reads a stored tensor by name, `windows` are the
-    calibration tokens [N, T]. `progress` takes (done, of).
+    calibration tokens [N, T]. `progress` takes (done, of). An operation that goes layer by layer has `layers` in place
+    of a whole network; `scratch` is a folder that is gone afterwards.
     """
 
     network: Any
@@ -77,6 +79,8 @@ class Measuring:
     windows: Tensor
     seed: int
     progress: Callable[[int, int], None] = lambda done, of: None
+    layers: Layers | None = None
+    scratch: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,11 @@ def never(_settings: Any) -> bool:
     return False
 
 
+def none_needed(_settings: Any) -> Mapping[str, str]:
+    """For operations whose results transformers loads alone."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Operation(Generic[S]):
     """One surgery.
@@ -142,11 +151,14 @@ class Operation(Generic[S]):
     measure     runs the model and returns statistics
     measured_by what of its settings a measurement depends on: where that is equal, a stored one is used again
     weights_only  whether these settings measure weights, without text and without running the model
+    by_layers   whether measuring goes layer by layer, with `Measuring.layers`
     explain     tells from statistics what was decided and why
     trains      whether these settings need training
     train       trains the result of the operations before and returns the changed tensors as statistics
     limits      what users of a result should not expect, a sentence each, for its card
     changes     groups of parameters (see `surgery.training.groups`) that training after it should adapt
+    quantizes   whether it packs weights: `output.dtype` is applied before it, and nothing comes after it
+    packages    what loading a result needs beside transformers: module -> what to install
     reshapes    whether it changes names, shapes or config; if not, it also takes checkpoints that carry our code
     after       operations it may follow in one manifest; `never_with` cannot be combined at all
     """
@@ -161,11 +173,14 @@ class Operation(Generic[S]):
     measure: Callable[[Measuring, S], Statistics] | None = None
     measured_by: Callable[[S], Any] = all_settings
     weights_only: Callable[[S], bool] = never
+    by_layers: Callable[[S], bool] = never
     explain: Callable[[Model, S, Statistics | None], Explanation] | None = None
     trains: Callable[[S], bool] = never
     train: Callable[[Training, S], Statistics] | None = None
     limits: tuple[str, ...] = ()
     changes: frozenset[str] = field(default_factory=frozenset)
+    quantizes: bool = False
+    packages: Callable[[S], Mapping[str, str]] = none_needed
     reshapes: bool = True
     after: frozenset[str] = field(default_factory=frozenset)
     before: frozenset[str] = field(default_factory=frozenset)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import attention, decoding, loading, quality
+from . import attention, decoding, dequantized, loading, quality
 from .noise import Noise
 from .outcome import Outcome, failed, skipped, verdict
 from .subject import Subject
@@ -27,6 +27,7 @@ CHECKS: dict[str, Check] = {
         loading.loading_report,
         loading.tokenizer,
         loading.finite_logits,
+        dequantized.dequantized_logits,
         loading.rope_frequencies,
         loading.config_roundtrip,
         decoding.cached_decode_equals_full_forward,

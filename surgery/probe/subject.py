@@ -19,16 +19,18 @@ LONGEST_PROMPT = 24
 
 # Relative to the largest logit. One order above what summation order costs a model of 80 layers, three below a fault.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Where inputs are rounded to eight bits, a difference in the last place of a number may grow to one of a code.
+ROUNDED_INPUTS = 5e-2
 
 
 class Subject:
     """A job, its model once loaded, and prompts of two lengths, each of shape (1, tokens)."""
 
     def __init__(self, job: Mapping[str, Any], noise: Noise) -> None:
-        self.job = job
         self.noise = noise
         self.folder = Path(job["checkpoint"])
         self.config: dict[str, Any] = read_config(self.folder)
+        self.job = job
         self.model: Any = None
         self.report: Mapping[str, Any] = {}
         self.tokenizer: Any = None
@@ -87,7 +89,16 @@ class Subject:
     @property
     def tolerance(self) -> float:
         """Largest difference of two ways to the same logits, relative to the largest logit."""
+        return max(self.precision, ROUNDED_INPUTS) if self._rounds_inputs() else self.precision
+
+    @property
+    def precision(self) -> float:
+        """The same for two ways that do the same arithmetic."""
         return TOLERANCES[self.model.dtype]
+
+    def _rounds_inputs(self) -> bool:
+        groups = (self.config.get("quantization_config") or {}).get("config_groups") or {}
+        return any(group.get("input_activations") for group in groups.values())
 
 
 def load_model(
@@ -104,6 +115,10 @@ def load_model(
     model, report = _auto_class(config).from_pretrained(
         folder, trust_remote_code=trust, output_loading_info=True, **options
     )
+    if config.get("quantization_config") and dtype != "auto":
+        # transformers unpacks experts to the type of their scales, whatever type was asked for.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     return model.to(torch.device(job.get("device", "cpu"))).eval(), report
 
 

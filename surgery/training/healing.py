@@ -15,6 +15,7 @@ from torch import Tensor
 from surgery.calibration.documents import BUILTIN_TEXTS, read_documents
 from surgery.calibration.loading import check_device, load_tokenizer, loaded_model
 from surgery.calibration.store import load_statistics, store_statistics
+from surgery.calibration.streamed import skeleton
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import UnsupportedModel, UsageError
@@ -26,7 +27,6 @@ from surgery.training import curves
 from surgery.training.data import Corpus, open_corpus, pack_corpus, write_self
 from surgery.training.end_to_end import end_to_end
 from surgery.training.groups import Selection, require_parameters
-from surgery.training.layers import skeleton
 from surgery.training.layerwise import layerwise
 from surgery.training.processes import accelerator
 from surgery.training.run import Run, judge

@@ -22,15 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surgery.calibration.files import mapped
 from surgery.calibration.layers import LayerCall
+from surgery.calibration.streamed import Keywords, Layers, opened_layers
 from surgery.checkpoint.writer import environment_errors
 from surgery.progress import Progress
 from surgery.training import curves
 from surgery.training.adapters import attach, is_factor, merged, stored_name
 from surgery.training.data import rows_of
-from surgery.training.files import mapped
 from surgery.training.groups import Rank, layer_names
-from surgery.training.layers import Keywords, Layers, opened_layers
 from surgery.training.losses import hidden_mse
 from surgery.training.run import Run, divided, judge, optimizers, rate_factor, set_rate
 

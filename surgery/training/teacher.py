@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from surgery.calibration.files import mapped
 from surgery.calibration.loading import loaded_model
 from surgery.checkpoint.writer import environment_errors, write_file
 from surgery.operations.heal import EndToEnd
 from surgery.progress import Progress
-from surgery.training.files import mapped
 from surgery.training.losses import kl, paper_kl, relative_errors, stored_kl, top_log_probabilities
 from surgery.training.run import Run
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import surgery
+from surgery.calibration.streamed import opened_layers
 from surgery.checkpoint.resolve import open_base
 from surgery.errors import (
     DiskFull,
@@ -35,7 +36,6 @@ from surgery.errors import (
 from surgery.manifest import Manifest
 from surgery.progress import Progress
 from surgery.training import end_to_end, processes
-from surgery.training.layers import opened_layers
 from tests.tiny import FAMILIES, MOE_FAMILIES, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

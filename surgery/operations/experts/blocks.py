@@ -59,22 +59,30 @@ def moe_blocks(network: Any) -> dict[int, Block]:
     """The MoE blocks of a loaded model by decoder layer. Raises MissingPackage on transformers before 5."""
     found: dict[int, Block] = {}
     for number, layer in enumerate(decoder_layers(network)):
-        for name in BLOCKS:
-            block = getattr(layer, name, None)
-            router = next((getattr(block, name) for name in ROUTERS if hasattr(block, name)), None)
-            if block is None or router is None:
-                continue
-            experts = getattr(block, "experts", nn.ModuleList())
-            if isinstance(experts, nn.ModuleList) or len(inspect.signature(experts.forward).parameters) < 3:
-                import transformers
-
-                raise MissingPackage(
-                    f"transformers {transformers.__version__} cannot tell how experts are used",
-                    cause="experts are one module, called with their final weights, in later releases only",
-                    remedy="pip install -U transformers, or choose a criterion without calibration: aimer, router_norm",
-                )
-            found[number] = Block(number, block, router, experts, _count(block, router, experts))
+        block = moe_block(layer, number)
+        if block is not None:
+            found[number] = block
     return found
+
+
+def moe_block(layer: nn.Module, number: int) -> Block | None:
+    """The MoE block of decoder layer `number`; None where it has none. Raises as `moe_blocks` does."""
+    for name in BLOCKS:
+        block = getattr(layer, name, None)
+        router = next((getattr(block, name) for name in ROUTERS if hasattr(block, name)), None)
+        if block is None or router is None:
+            continue
+        experts = getattr(block, "experts", nn.ModuleList())
+        if isinstance(experts, nn.ModuleList) or len(inspect.signature(experts.forward).parameters) < 3:
+            import transformers
+
+            raise MissingPackage(
+                f"transformers {transformers.__version__} cannot tell how experts are used",
+                cause="experts are one module, called with their final weights, in later releases only",
+                remedy="pip install -U transformers, or choose a way without calibration: aimer, router_norm, rtn",
+            )
+        return Block(number, block, router, experts, _count(block, router, experts))
+    return None
 
 
 def _count(*modules: nn.Module) -> int:

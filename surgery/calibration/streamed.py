@@ -7,7 +7,7 @@ model is loaded instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.calibration.layers import decoder_layers, enter
+from surgery.calibration.layers import decoder, decoder_layers, enter
 from surgery.calibration.loading import loaded_model
 from surgery.checkpoint.evaluate import load
 from surgery.checkpoint.reader import Checkpoint
@@ -50,6 +50,18 @@ class Layers:
             yield
         finally:
             self.network.set_input_embeddings(held)
+
+    @contextmanager
+    def exit(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While it is open: a function from what leaves the last layer [..., D] to logits [..., V]."""
+        norm, head = decoder(self.network).norm, self.network.get_output_embeddings()
+        weight = head.weight
+        if not self.resident:
+            norm = self._filled(norm, {})
+            tied = f"{_prefix(self.network, head)}weight" not in self.checkpoint.tensors
+            weight = self._filled(self.network.get_input_embeddings() if tied else head, {}).weight
+        scale = getattr(self.network.config, "logits_scaling", 1.0)
+        yield lambda hidden: nn.functional.linear(norm(hidden), weight, head.bias) / scale
 
     def calls(self, tokens: Tensor) -> tuple[Tensor, list[Keywords]]:
         """For tokens [N, T]: hidden states that enter the first layer, and each layer's keyword arguments."""

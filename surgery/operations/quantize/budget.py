@@ -1,0 +1,64 @@
+"""Bits by sensitivity: which parts of a model get more of a budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from surgery.operations.quantize.settings import QuantizeSettings
+from surgery.operations.quantize.targets import Linear, Targets, fitting, uniform_grids
+from surgery.quantization.grid import Grid
+
+# From few bytes to many; None leaves the weights as they are.
+CHOICES: tuple[Grid | None, ...] = (Grid(4, 128), Grid(4, 32), Grid(8, None), None)
+
+
+def choice_bytes(linears: Iterable[Linear], choice: Grid | None, settings: QuantizeSettings) -> int:
+    """What codes and scales of some matrices take with a choice, or their numbers as they are."""
+    total = 0
+    for linear in linears:
+        grid = None if choice is None else fitting(choice, linear, settings)
+        count = linear.outputs * linear.inputs
+        scales = 0 if grid is None else linear.outputs * grid.groups(linear.inputs) * linear.width
+        total += count * linear.width if grid is None else count * grid.bits // 8 + scales
+    return total
+
+
+def units_of(targets: Targets) -> dict[str, list[Linear]]:
+    """Linear modules that are rounded alike, by the name of their unit."""
+    units: dict[str, list[Linear]] = {}
+    for linear in targets.linears:
+        units.setdefault(linear.unit, []).append(linear)
+    return units
+
+
+def budget_bytes(targets: Targets, settings: QuantizeSettings) -> int:
+    """The whole budget. `bytes_per_weight` must be set."""
+    numbers = sum(linear.outputs * linear.inputs for linear in targets.linears)
+    return int(numbers * (settings.bytes_per_weight or 0))
+
+
+def best_uniform(targets: Targets, settings: QuantizeSettings) -> dict[str, Grid | None]:
+    """The most bytes that one choice for all can use within the budget; the least choice where none fits."""
+    budget = budget_bytes(targets, settings)
+    fits = [c for c in CHOICES if choice_bytes(targets.linears, c, settings) <= budget]
+    chosen = max(fits, key=lambda c: choice_bytes(targets.linears, c, settings), default=CHOICES[0])
+    return uniform_grids(targets, settings, chosen) if chosen else dict.fromkeys(li.module for li in targets.linears)
+
+
+def allocate_by_gain(costs: Sequence[Mapping[int, float]], budget: int) -> list[int]:
+    """Sizes of small summed cost within a budget: along each item's lower convex hull, the best gain per byte first.
+
+    costs[i] gives the cost of item i at each size on offer. The smallest sizes are taken where the budget has no more.
+    """
+    sizes = [min(item) for item in costs]
+    left = budget - sum(sizes)
+    while True:
+        offers = []
+        for item, (now, cost) in enumerate(zip(sizes, costs, strict=True)):
+            larger = [s for s in cost if now < s <= now + left and cost[s] < cost[now]]
+            offers += [((cost[now] - cost[s]) / (s - now), -s, item) for s in larger]
+        if not offers:
+            return sizes
+        _, size, item = max(offers)
+        left -= -size - sizes[item]
+        sizes[item] = -size

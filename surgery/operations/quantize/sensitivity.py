@@ -1,0 +1,124 @@
+"""How much the model's output suffers when one part of it is rounded, and the bits that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from surgery.calibration.layers import BATCH, LayerCall
+from surgery.operations.quantize.budget import CHOICES, allocate_by_gain, choice_bytes, units_of
+from surgery.operations.quantize.experts import fused_experts
+from surgery.operations.quantize.rounding import Recipe
+from surgery.operations.quantize.targets import Linear, Targets, fitting
+from surgery.operations.quantize.walk import POSITIONS, Ground, advance, entrance, linear_modules
+from surgery.quantization.grid import Grid, decode, encode, full_scales
+
+# Windows on which parts are tried.
+TRIED = 8
+
+
+@torch.no_grad()
+def sensible_grids(ground: Ground, targets: Targets, recipe: Recipe, budget: int) -> dict[str, Grid | None]:
+    """Grids by module whose summed damage is least within `budget` bytes.
+
+    The damage of a choice for one part is the divergence from the model as it is, with nothing else rounded, on windows
+    of the calibration text.
+    """
+    units, settings = units_of(targets), ground.settings
+    sizes = {unit: [choice_bytes(linears, choice, settings) for choice in CHOICES] for unit, linears in units.items()}
+    damage = _damages(ground, units)
+    costs = []
+    for unit in units:
+        cost: dict[int, float] = {}
+        least = float("inf")
+        for size, harm in sorted(zip(sizes[unit], damage[unit], strict=True), key=lambda pair: (pair[0], -pair[1])):
+            least = min(least, harm)  # more bytes are never worse, whatever the sample says
+            cost[size] = least
+        costs.append(cost)
+    grids: dict[str, Grid | None] = dict(recipe.grids)
+    for (unit, linears), size in zip(units.items(), allocate_by_gain(costs, budget), strict=True):
+        choice = CHOICES[sizes[unit].index(size)]
+        grids |= {li.module: None if choice is None else fitting(choice, li, settings) for li in linears}
+    return grids
+
+
+def _damages(ground: Ground, units: dict[str, list[Linear]]) -> dict[str, list[float]]:
+    """For every unit the divergence of each choice; 0 for leaving it as it is."""
+    tokens = ground.windows[:TRIED]
+    hidden = entrance(ground, tokens, ground.scratch / "sensitivity.bin")
+    damage: dict[str, list[float]] = {}
+    for number in range(ground.count):
+        layer = ground.layers.layer(number)
+        call = LayerCall(layer, ground.keywords[number])
+        mine = {unit: linears for unit, linears in units.items() if linears[0].layer == number}
+        outcomes, names = [_run(ground, call, hidden)], []
+        for unit, linears in mine.items():
+            for choice in CHOICES[:-1]:
+                with_choice = _Replaced(ground, call, number, linears, choice)
+                with with_choice:
+                    outcomes.append(_run(ground, call, hidden))
+                names.append(unit)
+        predicted = _predictions(ground, torch.stack(outcomes), number + 1)
+        whole = predicted[0]
+        for unit, found in zip(names, predicted[1:], strict=True):
+            damage.setdefault(unit, []).append(float((whole.exp() * (whole - found)).sum(-1).mean()))
+        advance(ground, call, hidden)
+        ground.step()
+    return {unit: [*found, 0.0] for unit, found in damage.items()}
+
+
+def _run(ground: Ground, call: LayerCall, hidden: Tensor) -> Tensor:
+    return torch.cat([call.run(part.to(ground.layers.device)).cpu() for part in hidden.split(BATCH)])
+
+
+def _predictions(ground: Ground, hidden: Tensor, first: int) -> Tensor:
+    """Log-probabilities [C, N * P, V] of C alternatives [C, N, T, D] that enter layer `first`."""
+    flat = hidden.flatten(0, 1)
+    for number in range(first, ground.count):
+        flat = _run(ground, LayerCall(ground.layers.layer(number), ground.keywords[number]), flat)
+    spread = flat[:, :: max(flat.shape[1] // POSITIONS, 1)]
+    with ground.layers.exit() as logits:
+        found = torch.cat(
+            [logits(part.to(ground.layers.device)).float().log_softmax(-1).cpu() for part in spread.split(BATCH)]
+        )
+    return found.view(len(hidden), -1, found.shape[-1])
+
+
+class _Replaced:
+    """Some matrices of a layer rounded to the nearest, while the block runs."""
+
+    def __init__(
+        self, ground: Ground, call: LayerCall, number: int, linears: Sequence[Linear], choice: Grid | None
+    ) -> None:
+        self._weights = _weights(ground, call, number, linears)
+        self._choice, self._settings = choice, ground.settings
+        self._own: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._own = [weight.clone() for _, weight in self._weights]
+        for linear, weight in self._weights:
+            grid = None if self._choice is None else fitting(self._choice, linear, self._settings)
+            if grid is not None:
+                scale = full_scales(weight, grid, torch.float32)
+                weight.copy_(decode(encode(weight, scale, grid), scale))
+
+    def __exit__(self, *_: object) -> None:
+        for (_, weight), own in zip(self._weights, self._own, strict=True):
+            weight.copy_(own)
+
+
+def _weights(ground: Ground, call: LayerCall, number: int, linears: Sequence[Linear]) -> list[tuple[Linear, Tensor]]:
+    """The weights in memory of some modules of a layer."""
+    modules, apart = linear_modules(call.layer, ground.layers.prefix(number), linears)
+    found = [(linear, module.weight.data) for linear, module in modules.items()]
+    if apart:
+        _, everything = linear_modules(call.layer, ground.layers.prefix(number), ground.of_layer(number))
+        experts = fused_experts(call.layer, number, everything)
+        if experts is not None:
+            wanted = set(apart)
+            for number_of_expert, names in enumerate(experts.names):
+                for one, weight in zip(names, experts.weights(number_of_expert), strict=True):
+                    found += [(one, weight)] if one in wanted else []
+    return found

@@ -1,0 +1,132 @@
+"""compressed-tensors: the format of llm-compressor, which vLLM reads and transformers unpacks.
+
+pack-quantized    X.weight_packed int32 [out, in * bits / 32], X.weight_scale [out, groups], X.weight_shape int64 [2]
+int-quantized     X.weight int8 [out, in], X.weight_scale [out, 1]; inputs are rounded per token when it runs
+float-quantized   X.weight float8_e4m3fn [out, in], X.weight_scale [out, 1]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint.expressions import Tensors, TensorSpec
+from surgery.errors import MissingPackage
+from surgery.quantization.grid import Grid, Rounded
+from surgery.quantization.layout import Format, Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKAGES = {"compressed_tensors": "compressed-tensors>=0.15"}
+
+
+def _specs(module: str, weight: TensorSpec, grid: Grid, activations: bool) -> dict[str, TensorSpec]:
+    outputs, inputs = weight.shape
+    scale = {f"{module}.weight_scale": TensorSpec(weight.dtype, (outputs, grid.groups(inputs)))}
+    if _kind(grid, activations) == "pack-quantized":
+        packed = TensorSpec("I32", (outputs, inputs * grid.bits // 32))
+        return {f"{module}.weight_packed": packed, **scale, f"{module}.weight_shape": TensorSpec("I64", (2,))}
+    return {f"{module}.weight": TensorSpec("I8" if grid.kind == "int" else "F8_E4M3", weight.shape), **scale}
+
+
+def _pack(rounded: Rounded, grid: Grid, activations: bool) -> dict[str, Tensor]:
+    import torch
+
+    if _kind(grid, activations) != "pack-quantized":
+        return {"weight": rounded.codes, "weight_scale": rounded.scale}
+    pack_to_int32 = require_packing()
+    return {
+        "weight_packed": pack_to_int32(rounded.codes, grid.bits),
+        "weight_scale": rounded.scale,
+        "weight_shape": torch.tensor(rounded.codes.shape),
+    }
+
+
+def require_packing() -> Any:
+    """The packing of the compressed-tensors library. Raises MissingPackage where it is not installed."""
+    try:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    except ImportError:
+        try:
+            from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
+        except ImportError as error:
+            raise MissingPackage(
+                "compressed-tensors is not installed", cause="packed weights are written by its own packing",
+                remedy='pip install "surgery[quant]"',
+            ) from error  # fmt: skip
+    return pack_to_int32
+
+
+def _join(parts: Sequence[Tensors]) -> dict[str, Tensor]:
+    import torch
+
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if "weight_shape" in joined:
+        rows = sum(int(part["weight_shape"][0]) for part in parts)
+        joined["weight_shape"] = torch.tensor([rows, int(parts[0]["weight_shape"][1])])
+    return joined
+
+
+def _kind(grid: Grid, activations: bool) -> str:
+    if grid.kind == "float":
+        return "float-quantized"
+    return "int-quantized" if activations else "pack-quantized"
+
+
+def _config(layout: Layout, _facts: Mapping[str, Any]) -> dict[str, Any]:
+    grids = list(dict.fromkeys(layout.grids.values()))
+    kinds = {_kind(grid, layout.activations) for grid in grids}
+    groups = {}
+    for number, grid in enumerate(grids):
+        # One scheme is for every linear module but those that `ignore` names, which every engine understands.
+        own = [module for module, of in layout.grids.items() if of == grid]
+        groups[f"group_{number}"] = _scheme(grid, layout.activations, ["Linear"] if len(grids) == 1 else patterns(own))
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kinds.pop(),
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(layout.dense),
+    }
+
+
+def _scheme(grid: Grid, activations: bool, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": grid.bits, "type": grid.kind, "symmetric": True, "dynamic": False,
+        "strategy": "channel" if grid.group_size is None else "group", "group_size": grid.group_size,
+    }  # fmt: skip
+    inputs = {"num_bits": 8, "type": grid.kind, "symmetric": True, "dynamic": True, "strategy": "token"}
+    return {"targets": targets, "weights": weights, "input_activations": inputs if activations else None}
+
+
+def patterns(modules: Iterable[str]) -> list[str]:
+    """Few regular expressions that name these modules: numbers of layers are listed, those of experts joined."""
+    layers: dict[tuple[str, str], dict[str, None]] = {}
+    for module in modules:
+        before, layer, after = _parts(module)
+        layers.setdefault((before, re.sub(r"\.\d+\.", r".N.", after)), {})[layer] = None
+    return list(_patterns(layers))
+
+
+def _patterns(layers: Mapping[tuple[str, str], Iterable[str]]) -> Iterator[str]:
+    for (before, after), numbers in layers.items():
+        ending = re.escape(after).replace(r"\.N\.", r"\.\d+\.")
+        yield f"re:{re.escape(before)}({'|'.join(numbers)}){ending}$"
+
+
+def _parts(module: str) -> tuple[str, str, str]:
+    """A name divided at its first number: `model.layers.`, `3`, `.mlp.up_proj`."""
+    found = re.match(r"(.*?\.)(\d+)(\..*)", module)
+    return (found[1], found[2], found[3]) if found else (module, "", "")
+
+
+COMPRESSED_TENSORS = Format(
+    scale_dtype=lambda dtype: dtype,
+    specs=_specs,
+    pack=_pack,
+    join=_join,
+    config=_config,
+    packages=PACKAGES,
+)

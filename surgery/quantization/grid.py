@@ -1,0 +1,110 @@
+"""The values that a weight may take after rounding, and rounding to them.
+
+Symmetric, without zero points: a weight is code * scale. Scales are rounded to the type they are stored in before any
+code is computed, so that a file decodes to exactly the values that were chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from surgery.checkpoint.dtypes import byte_count
+
+# Shares of the largest magnitude that a search for scales tries; 1 cuts nothing off.
+SHRINKS = tuple(1 - step / 20 for step in range(11))
+FLOAT8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes of `bits` bits, with a scale for every `group_size` inputs of a row (None: one for the whole row).
+
+    Integers lie in [-2^(bits-1), 2^(bits-1) - 1]; `kind` float is E4M3 of 8 bits.
+    """
+
+    bits: int
+    group_size: int | None
+    kind: Literal["int", "float"] = "int"
+
+    def groups(self, inputs: int) -> int:
+        """How many scales a row of `inputs` numbers has."""
+        return 1 if self.group_size is None else inputs // self.group_size
+
+    def nbytes(self, shape: tuple[int, ...], scale_dtype: str) -> int:
+        """Bytes of the codes and scales of a matrix [out, in]; `scale_dtype` is a safetensors name."""
+        return shape[0] * shape[1] * self.bits // 8 + byte_count(scale_dtype, (shape[0], self.groups(shape[1])))
+
+    @property
+    def reach(self) -> float:
+        """The code to which the largest magnitude of a group is mapped."""
+        return FLOAT8_MAX if self.kind == "float" else (2**self.bits - 1) / 2
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes [out, in] (int8, or float8_e4m3fn) and scales [out, groups] of a matrix."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def decoded(self) -> Tensor:
+        """The weights that this stands for, in float32."""
+        return decode(self.codes, self.scale)
+
+
+def full_scales(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Scales [out, groups] that cut nothing off, as numbers of `dtype`; 1 for groups that are all zero."""
+    return _stored(_grouped(weight, grid).abs().amax(-1) / grid.reach, dtype)
+
+
+def searched_scales(weight: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
+    """Scales that minimise the squared error of each group, among `SHRINKS` of the full ones.
+
+    importance  what each input [in] counts: the mean of its squares (a diagonal Hessian); None counts all alike
+    """
+    grouped = _grouped(weight, grid)
+    counts = None if importance is None else importance.float().view(1, -1, grouped.shape[-1])
+    whole = grouped.abs().amax(-1) / grid.reach
+    best, least = _stored(whole, dtype), torch.full_like(whole, torch.inf)
+    for shrink in SHRINKS:
+        scale = _stored(whole * shrink, dtype)
+        wide = scale.float().unsqueeze(-1)
+        error = (grouped - _codes(grouped / wide, grid).float() * wide).square()
+        loss = (error if counts is None else error * counts).sum(-1)
+        better = loss < least
+        best, least = torch.where(better, scale, best), torch.where(better, loss, least)
+    return best
+
+
+def encode(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The nearest codes [out, in] of a matrix; halves go to the even neighbour."""
+    grouped = _grouped(weight, grid)
+    return _codes(grouped / scale.float().unsqueeze(-1), grid).view(weight.shape)
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The weights [out, in] in float32 that codes and scales stand for."""
+    rows = codes.shape[0]
+    wide = codes.float().view(rows, scale.shape[1], -1) * scale.float().unsqueeze(-1)
+    return wide.view(codes.shape)
+
+
+def _grouped(weight: Tensor, grid: Grid) -> Tensor:
+    return weight.float().view(weight.shape[0], grid.groups(weight.shape[1]), -1)
+
+
+def _codes(scaled: Tensor, grid: Grid) -> Tensor:
+    if grid.kind == "float":
+        return scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+    half = 2 ** (grid.bits - 1)
+    return scaled.round().clamp(-half, half - 1).to(torch.int8)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale as it will be stored: never zero or infinite, whatever the type."""
+    limits = torch.finfo(dtype)
+    return torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), 1.0).to(dtype)
