@@ -23,25 +23,24 @@ from surgery.operations.base import Statistics
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of safetensors files, each read when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with safe_open(path, "pt") as file:
-            self._names = list(file.keys())
+    def __init__(self, *paths: Path) -> None:
+        self._home: dict[str, Path] = {}
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                self._home |= dict.fromkeys(file.keys(), path)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self._path, "pt") as file:
+        with safe_open(self._home[name], "pt") as file:
             found: Tensor = file.get_tensor(name)
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._home)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._home)
 
 
 def store_statistics(path: Path, found: Statistics) -> Statistics:

@@ -23,8 +23,6 @@ from .packed import packed_modules, tensor_files
 from .subject import Subject, load_model, relative, report_problems
 
 LEAST = 1e-8
-# What kernels that compute in 16 bits cost; these of GPTQ do, whatever type they are asked for.
-HALF_PRECISION = 2e-2
 
 
 def dequantized_logits(subject: Subject) -> Outcome:
@@ -45,8 +43,7 @@ def dequantized_logits(subject: Subject) -> Outcome:
         with _rounded_inputs(plain, settings, set(packed_modules(subject.folder))):
             reference = forward(plain, subject.prompts[0])
     difference = forward(subject.model, subject.prompts[0]) - reference
-    limit = HALF_PRECISION if settings["quant_method"] == "gptq" else subject.precision
-    return bounded(relative(difference, reference), limit, "logits of packed and of decoded weights")
+    return bounded(relative(difference, reference), subject.precision, "logits of packed and of decoded weights")
 
 
 def write_decoded(folder: Path, out: Path, settings: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:

@@ -19,6 +19,11 @@ ALLOWED = (
     r"We detected that you are passing `past_key_values` as a tuple",
     # 4.48: StaticCache reads its own deprecated attribute.
     r"The 'batch_size' attribute of StaticCache is deprecated",
+    # gptqmodel 7.6, of its own source, names and folders, while it is imported and loads any checkpoint.
+    r"DeprecationWarning: invalid escape sequence",
+    r"Implicitly cleaning up <TemporaryDirectory '[^']*gptqmodel_",
+    r"`is_gradient_checkpointing` is deprecated",
+    r"`loss_type=None` was set in the config but it is unrecognized",
 )
 
 

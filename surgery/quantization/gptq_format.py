@@ -8,6 +8,7 @@ X.g_idx    int32 [in]                       the group of every input
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,9 @@ def _join(parts: Sequence[Tensors]) -> dict[str, Tensor]:
 
 def _config(layout: Layout, facts: Mapping[str, Any]) -> dict[str, Any]:
     grid = next(iter(layout.grids.values()))
+    # Readers take every linear module of the blocks for packed unless the packed ones are listed, once for all blocks.
+    inside = list(dict.fromkeys(inside_block(module) for module in layout.grids))
+    some = {"modules_in_block_to_quantize": [inside]} if len(layout.dense) > 1 else {}
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -75,7 +79,13 @@ def _config(layout: Layout, facts: Mapping[str, Any]) -> dict[str, Any]:
         "true_sequential": True,
         "damp_percent": facts["damping"],
         "lm_head": False,
+        **some,
     }
+
+
+def inside_block(module: str) -> str:
+    """The name of a module below its decoder layer: `self_attn.q_proj`."""
+    return re.sub(r"^.*?\.\d+\.", "", module)
 
 
 GPTQ = Format(

@@ -47,26 +47,12 @@ def refuses(model: Model, settings: QuantizeSettings) -> str | None:
     targets = find_targets(model, settings.ignore)
     if not targets.linears:
         return "no linear module of its layers is left to round"
-    if settings.format == "gptq":
-        return _unfit_for_gptq(model, targets, settings)
-    if not any(grid is not None for grid in uniform_grids(targets, settings).values()):
-        return "the inputs of none of its matrices fill whole 32-bit words"
-    return None
-
-
-def _unfit_for_gptq(model: Model, targets: Targets, settings: QuantizeSettings) -> str | None:
-    if model.architecture.experts is not None:
+    if settings.format == "gptq" and model.architecture.experts is not None:
         return "transformers loads GPTQ files of models with experts wrongly, without an error; use compressed-tensors"
-    if targets.dense or targets.fused:
-        return f"the GPTQ format has no way to leave {(*targets.dense, *targets.fused)[0]!r} as it is"
-    grid = next(iter(uniform_grids(targets, settings).values()))
-    per_word = 32 // settings.bits
-    for linear, found in zip(targets.linears, uniform_grids(targets, settings).values(), strict=True):
-        if found != grid or found is None or linear.outputs % per_word:
-            return (
-                f"{linear.module} is [{linear.outputs}, {linear.inputs}]: the GPTQ format wants one group_size that "
-                f"divides all inputs, and outputs in multiples of {per_word}; use compressed-tensors or channel"
-            )
+    if settings.activations == "dynamic" and any(".experts." in linear.module for linear in targets.linears):
+        return "transformers does not load experts with rounded inputs (int-quantized); leave activations out"
+    if not any(grid is not None for grid in uniform_grids(targets, settings).values()):
+        return "no matrix of it fits this format and group_size: see which sizes they must divide in docs/quantize.md"
     return None
 
 

@@ -6,8 +6,7 @@ more than two standard errors of the difference. Otherwise the plainer way stays
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from surgery.operations.quantize.budget import best_uniform, budget_bytes
 from surgery.operations.quantize.rounding import Recipe
 from surgery.operations.quantize.sensitivity import sensible_grids
 from surgery.operations.quantize.settings import QuantizeSettings
-from surgery.operations.quantize.targets import Targets, find_targets, uniform_grids
+from surgery.operations.quantize.targets import Targets, find_targets, uniform_grids, wanted_grid
 from surgery.operations.quantize.walk import Ground, Walked, reference_log_probabilities, walk
 from surgery.quantization.grid import Grid
 
@@ -51,14 +50,12 @@ def measure(measuring: Measuring, settings: QuantizeSettings) -> Statistics:
     """Codes and scales of every matrix, and what was decided. Raises UsageError for too little text to judge on."""
     targets = find_targets(measuring.model, settings.ignore)
     if settings.engine == "gptqmodel":
-        from surgery.quantization.gptqmodel import quantized_by_gptqmodel
-
-        return quantized_by_gptqmodel(measuring, settings, targets)
+        return _by_gptqmodel(measuring, settings, targets)
     ground = _ground(measuring, settings, targets)
     reference = reference_log_probabilities(ground) if len(ground.heldout) else torch.empty(0)
     best, judged = _best(ground, targets, reference)
     facts = {
-        "grids": {module: None if grid is None else list(astuple(grid)) for module, grid in best.grids.items()},
+        "grids": _grid_facts(best.grids),
         "judged": {of.name: of.to_json() for of in judged},
         "heldout": {
             "windows": len(ground.heldout),
@@ -66,11 +63,25 @@ def measure(measuring: Measuring, settings: QuantizeSettings) -> Statistics:
         },
         "notes": list(_notes(best, judged, ground)),
     }
-    return Statistics(ChainMap(*(_tensors(path) for path in best.files)), facts)
+    return Statistics(StoredTensors(*best.files), facts)
 
 
-def _tensors(path: Any) -> Any:
-    return StoredTensors(path)
+def _by_gptqmodel(measuring: Measuring, settings: QuantizeSettings, targets: Targets) -> Statistics:
+    """The same from optimum and gptqmodel, which run the whole model."""
+    from surgery.quantization.gptqmodel import round_by_gptqmodel
+
+    grids = uniform_grids(targets, settings)
+    modules = [module for module, grid in grids.items() if grid is not None]
+    size = wanted_grid(settings).group_size
+    tensors = round_by_gptqmodel(
+        measuring.network, measuring.windows, modules, bits=settings.bits, group_size=size or -1,
+        damping=settings.damping, act_order=settings.act_order,
+    )  # fmt: skip
+    return Statistics(tensors, {"grids": _grid_facts(grids), "notes": ["rounded by optimum and gptqmodel"]})
+
+
+def _grid_facts(grids: Mapping[str, Grid | None]) -> dict[str, Any]:
+    return {module: None if grid is None else list(astuple(grid)) for module, grid in grids.items()}
 
 
 def _ground(measuring: Measuring, settings: QuantizeSettings, targets: Targets) -> Ground:

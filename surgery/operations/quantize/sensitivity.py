@@ -119,6 +119,6 @@ def _weights(ground: Ground, call: LayerCall, number: int, linears: Sequence[Lin
         if experts is not None:
             wanted = set(apart)
             for number_of_expert, names in enumerate(experts.names):
-                for one, weight in zip(names, experts.weights(number_of_expert), strict=True):
-                    found += [(one, weight)] if one in wanted else []
+                weights = experts.weights(number_of_expert)
+                found += [(names[at], weights[at]) for at in range(len(names)) if names[at] in wanted]
     return found

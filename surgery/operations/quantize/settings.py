@@ -103,6 +103,8 @@ class QuantizeSettings(Settings):
             (self.activations == "dynamic" and not channel,
              "can have activations: dynamic only with group_size: channel"),
             (own and not plain, "can have format: gptq only with type: int, no activations and no bytes_per_weight"),
+            (own and self.group_size not in (None, 32, 64, 128),
+             "can have format: gptq only with group_size: 32, 64 or 128"),
             (own and self.bias_correction != "none", "can have format: gptq only without bias_correction"),
             (self.engine == "gptqmodel" and not (own and self.method == "gptq"),
              "can have engine: gptqmodel only with method: gptq and format: gptq"),

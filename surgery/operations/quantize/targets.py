@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 from surgery.architectures import Model
 from surgery.operations.quantize.settings import QuantizeSettings
+from surgery.quantization.gptq_format import inside_block
 from surgery.quantization.grid import Grid
 from surgery.quantization.layout import Layout
 
 # Low-rank factors that are thinner than this stay as they are: little is won and much lost.
 THIN = 256
 FACTORS = ("_a_proj", "_b_proj", "_proj_with_mqa")
+# What readers of GPTQ files want both sizes of a matrix to be a multiple of.
+GPTQ_MULTIPLE = 32
 # Linear modules that choose or weight and are never rounded.
 CHOOSING = ("shared_expert_gate",)
 # Projections that read the same input, by the last part of their names.
@@ -101,18 +104,25 @@ def wanted_grid(settings: QuantizeSettings) -> Grid:
 
 
 def fitting(grid: Grid, linear: Linear, settings: QuantizeSettings) -> Grid | None:
-    """The grid for a matrix: per row where groups do not divide it, None where codes do not fill whole words."""
+    """The grid for a matrix: per row where groups do not divide it, None where the format cannot hold it."""
+    divides = grid.group_size is None or linear.inputs % grid.group_size == 0
+    if settings.format == "gptq":
+        return grid if divides and linear.inputs % GPTQ_MULTIPLE == linear.outputs % GPTQ_MULTIPLE == 0 else None
     packed = settings.type == "int" and settings.activations == "none"
     if packed and linear.inputs * grid.bits % 32:
         return None
-    divides = grid.group_size is None or linear.inputs % grid.group_size == 0
     return grid if divides else Grid(grid.bits, None, grid.kind)
 
 
 def uniform_grids(targets: Targets, settings: QuantizeSettings, grid: Grid | None = None) -> dict[str, Grid | None]:
     """One grid for all, as far as it fits, by module."""
     wanted = grid or wanted_grid(settings)
-    return {linear.module: fitting(wanted, linear, settings) for linear in targets.linears}
+    grids = {linear.module: fitting(wanted, linear, settings) for linear in targets.linears}
+    if settings.format == "gptq":  # which says once for all layers what is packed in them
+        dense = {inside_block(module) for module, found in grids.items() if found is None}
+        dense |= {inside_block(module) for module in targets.dense}
+        grids = {module: None if inside_block(module) in dense else found for module, found in grids.items()}
+    return grids
 
 
 def layout(model: Model, targets: Targets, grids: Mapping[str, Grid | None], settings: QuantizeSettings) -> Layout:
