@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOGGERS = ("transformers", "transformers_modules")
+LOGGERS = ("transformers", "transformers_modules", "compressed_tensors")
 
 # What transformers says about itself, whatever the checkpoint.
 ALLOWED = (

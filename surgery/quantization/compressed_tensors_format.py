@@ -8,7 +8,8 @@ float-quantized   X.weight float8_e4m3fn [out, in], X.weight_scale [out, 1]
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.expressions import Tensors, TensorSpec
@@ -76,19 +77,26 @@ def _kind(grid: Grid, activations: bool) -> str:
 
 
 def _config(layout: Layout, _facts: Mapping[str, Any]) -> dict[str, Any]:
-    grids = list(dict.fromkeys(layout.grids.values()))
-    kinds = {_kind(grid, layout.activations) for grid in grids}
-    groups = {}
-    for number, grid in enumerate(grids):
-        # One scheme is for every linear module but those that `ignore` names, which every engine understands.
-        own = [module for module, of in layout.grids.items() if of == grid]
-        groups[f"group_{number}"] = _scheme(grid, layout.activations, ["Linear"] if len(grids) == 1 else patterns(own))
+    """The modules of one scheme are named by "Linear", those of all others by patterns, and stand before it.
+
+    transformers 5 gives all experts the first scheme that names classes; releases of compressed-tensors warn of targets
+    that come after one which matched everything.
+    """
+    counts = Counter(layout.grids.values())
+    experts = {grid for module, grid in layout.grids.items() if ".experts." in module}
+    common = experts.pop() if experts else counts.most_common(1)[0][0]
+    groups = [
+        (grid, patterns(module for module, of in layout.grids.items() if of == grid))
+        for grid in counts
+        if grid != common
+    ]
+    schemes = [_scheme(grid, layout.activations, targets) for grid, targets in (*groups, (common, ["Linear"]))]
     return {
         "quant_method": "compressed-tensors",
-        "format": kinds.pop(),
+        "format": _kind(common, layout.activations),
         "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": list(layout.dense),
+        "config_groups": {f"group_{number}": scheme for number, scheme in enumerate(schemes)},
+        "ignore": patterns(layout.dense),
     }
 
 
@@ -98,27 +106,36 @@ def _scheme(grid: Grid, activations: bool, targets: list[str]) -> dict[str, Any]
         "strategy": "channel" if grid.group_size is None else "group", "group_size": grid.group_size,
     }  # fmt: skip
     inputs = {"num_bits": 8, "type": grid.kind, "symmetric": True, "dynamic": True, "strategy": "token"}
-    return {"targets": targets, "weights": weights, "input_activations": inputs if activations else None}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs if activations else None,
+        "format": _kind(grid, activations),
+    }
 
 
 def patterns(modules: Iterable[str]) -> list[str]:
-    """Few regular expressions that name these modules: numbers of layers are listed, those of experts joined."""
+    """Few regular expressions that name these modules: numbers of layers are listed, those of experts joined.
+
+    They begin at any depth, as a model without its head has shorter names, and never say "experts": transformers 5
+    takes a scheme whose target does for that of all experts, shared ones as well.
+    """
     layers: dict[tuple[str, str], dict[str, None]] = {}
     for module in modules:
         before, layer, after = _parts(module)
-        layers.setdefault((before, re.sub(r"\.\d+\.", r".N.", after)), {})[layer] = None
-    return list(_patterns(layers))
+        layers.setdefault((before, re.sub(r"(?<=[.])[0-9]+(?=[.])", "\0", after)), {})[layer] = None
+    return [_pattern(before, numbers, after) for (before, after), numbers in layers.items()]
 
 
-def _patterns(layers: Mapping[tuple[str, str], Iterable[str]]) -> Iterator[str]:
-    for (before, after), numbers in layers.items():
-        ending = re.escape(after).replace(r"\.N\.", r"\.\d+\.")
-        yield f"re:{re.escape(before)}({'|'.join(numbers)}){ending}$"
+def _pattern(before: str, numbers: Iterable[str], after: str) -> str:
+    ending = re.escape(after).replace("\0", r"\d+").replace("experts", "expert.")
+    listed = f"({'|'.join(numbers)})" if after else ""
+    return rf"re:(.*\.)?{re.escape(before)}{listed}{ending}$"
 
 
 def _parts(module: str) -> tuple[str, str, str]:
-    """A name divided at its first number: `model.layers.`, `3`, `.mlp.up_proj`."""
-    found = re.match(r"(.*?\.)(\d+)(\..*)", module)
+    """The last word before the first number, that number and the rest: `layers.`, `3`, `.mlp.up_proj`."""
+    found = re.match(r"(?:.*?\.)?([^.]+\.)(\d+)(\..*)", module)
     return (found[1], found[2], found[3]) if found else (module, "", "")
 
 

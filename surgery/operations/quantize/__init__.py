@@ -34,6 +34,10 @@ FORMATS: Mapping[str, Format] = {"compressed-tensors": COMPRESSED_TENSORS, "gptq
 PIECE = 1 << 21
 # What rounding and packing a number takes meanwhile.
 WORK_PER_NUMBER = 48
+EXPERTS_LOAD = (
+    "transformers 5.0 to 5.12 cannot unpack experts and leaves them random, with a warning only: load this with 4.56, "
+    "4.57, or 5.15 and later"
+)
 LIMIT = (
     "Weight files shrink. transformers on a CPU unpacks them when it loads, so memory there is that of 16 bits; "
     "engines that compute on packed weights, such as vLLM, were not tried."
@@ -51,7 +55,12 @@ def refuses(model: Model, settings: QuantizeSettings) -> str | None:
         return "transformers loads GPTQ files of models with experts wrongly, without an error; use compressed-tensors"
     if settings.activations == "dynamic" and any(".experts." in linear.module for linear in targets.linears):
         return "transformers does not load experts with rounded inputs (int-quantized); leave activations out"
-    if not any(grid is not None for grid in uniform_grids(targets, settings).values()):
+    grids = uniform_grids(targets, settings)
+    left = [linear.module for linear in targets.linears if linear.expert and grids[linear.module] is None]
+    left += [module for module in targets.dense if ".experts." in module]
+    if left:
+        return f"{left[0]} would stay as it is, and transformers 5 loads experts packed alike or none; change ignore"
+    if not any(grid is not None for grid in grids.values()):
         return "no matrix of it fits this format and group_size: see which sizes they must divide in docs/quantize.md"
     return None
 
@@ -161,6 +170,8 @@ def _notes(targets: Targets, grids: Mapping[str, Grid | None]) -> list[str]:
         counts[grid] = counts.get(grid, 0) + 1
     parts = [f"{count} matrices {_described(grid)}" for grid, count in counts.items()]
     notes = [f"quantize: {', '.join(parts)}; embeddings, head, norms and routers stay"]
+    if any(linear.expert for linear in targets.linears):
+        notes.append(EXPERTS_LOAD)
     if targets.fused:
         notes.append(
             f"{len(targets.fused)} tensors that hold all experts of a layer stay as they are: no format has them"

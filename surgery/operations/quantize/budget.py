@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from surgery.operations.quantize.settings import QuantizeSettings
-from surgery.operations.quantize.targets import Linear, Targets, fitting, uniform_grids
+from surgery.operations.quantize.targets import Linear, Targets, grids_for, uniform_grids
 from surgery.quantization.grid import Grid
 
 # From few bytes to many; None leaves the weights as they are.
@@ -14,13 +14,19 @@ CHOICES: tuple[Grid | None, ...] = (Grid(4, 128), Grid(4, 32), Grid(8, None), No
 
 def choice_bytes(linears: Iterable[Linear], choice: Grid | None, settings: QuantizeSettings) -> int:
     """What codes and scales of some matrices take with a choice, or their numbers as they are."""
-    total = 0
+    linears, total = list(linears), 0
+    grids = grids_for(linears, choice, settings)
     for linear in linears:
-        grid = None if choice is None else fitting(choice, linear, settings)
+        grid = grids[linear.module]
         count = linear.outputs * linear.inputs
         scales = 0 if grid is None else linear.outputs * grid.groups(linear.inputs) * linear.width
         total += count * linear.width if grid is None else count * grid.bits // 8 + scales
     return total
+
+
+def choices_for(linears: Sequence[Linear]) -> tuple[Grid | None, ...]:
+    """What a unit may be given; experts cannot stay as they are where anything else is rounded."""
+    return CHOICES[:-1] if linears[0].expert else CHOICES
 
 
 def units_of(targets: Targets) -> dict[str, list[Linear]]:

@@ -26,6 +26,8 @@ ENOUGH = 2
 # Tokens per input that stand for all of a layer's, where those of an expert are too few.
 SHARED = 4
 TOLERANCE = 1e-3
+# Gate, up and down, as families call them.
+PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,12 @@ def _by_expert(linears: Sequence[Linear]) -> list[tuple[Linear, Linear, Linear]]
         experts.setdefault(number, []).append(linear)
     named = []
     for number in sorted(experts):
-        gate_up = [linear for linear in experts[number] if linear.unit.endswith(".gate_up")]
-        down = [linear for linear in experts[number] if not linear.unit.endswith(".gate_up")]
-        first = ("gate_proj", "w1")
-        gate_up.sort(key=lambda linear: not linear.module.endswith(first))
-        if len(gate_up) != 2 or len(down) != 1:
+        of = {linear.module.rpartition(".")[2]: linear for linear in experts[number]}
+        names = next((names for names in PROJECTIONS if of.keys() == set(names)), None)
+        if names is None:
             raise _unknown(experts[number][0].module, "an expert is not gate, up and down")
-        named.append((gate_up[0], gate_up[1], down[0]))
+        gate, up, down = (of[name] for name in names)
+        named.append((gate, up, down))
     return named
 
 

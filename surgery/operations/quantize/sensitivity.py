@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from surgery.calibration.layers import BATCH, LayerCall
-from surgery.operations.quantize.budget import CHOICES, allocate_by_gain, choice_bytes, units_of
+from surgery.operations.quantize.budget import allocate_by_gain, choice_bytes, choices_for, units_of
 from surgery.operations.quantize.experts import fused_experts
 from surgery.operations.quantize.rounding import Recipe
-from surgery.operations.quantize.targets import Linear, Targets, fitting
+from surgery.operations.quantize.targets import Linear, Targets, grids_for
 from surgery.operations.quantize.walk import POSITIONS, Ground, advance, entrance, linear_modules
 from surgery.quantization.grid import Grid, decode, encode, full_scales
 
@@ -27,7 +27,10 @@ def sensible_grids(ground: Ground, targets: Targets, recipe: Recipe, budget: int
     of the calibration text.
     """
     units, settings = units_of(targets), ground.settings
-    sizes = {unit: [choice_bytes(linears, choice, settings) for choice in CHOICES] for unit, linears in units.items()}
+    sizes = {
+        unit: [choice_bytes(linears, choice, settings) for choice in choices_for(linears)]
+        for unit, linears in units.items()
+    }
     damage = _damages(ground, units)
     costs = []
     for unit in units:
@@ -39,34 +42,32 @@ def sensible_grids(ground: Ground, targets: Targets, recipe: Recipe, budget: int
         costs.append(cost)
     grids: dict[str, Grid | None] = dict(recipe.grids)
     for (unit, linears), size in zip(units.items(), allocate_by_gain(costs, budget), strict=True):
-        choice = CHOICES[sizes[unit].index(size)]
-        grids |= {li.module: None if choice is None else fitting(choice, li, settings) for li in linears}
+        grids |= grids_for(linears, choices_for(linears)[sizes[unit].index(size)], settings)
     return grids
 
 
 def _damages(ground: Ground, units: dict[str, list[Linear]]) -> dict[str, list[float]]:
-    """For every unit the divergence of each choice; 0 for leaving it as it is."""
+    """For every unit the divergence of each choice, summed over its layers; 0 for leaving it as it is."""
     tokens = ground.windows[:TRIED]
     hidden = entrance(ground, tokens, ground.scratch / "sensitivity.bin")
-    damage: dict[str, list[float]] = {}
+    damage = {unit: [0.0] * len(choices_for(linears)) for unit, linears in units.items()}
     for number in range(ground.count):
         layer = ground.layers.layer(number)
         call = LayerCall(layer, ground.keywords[number])
-        mine = {unit: linears for unit, linears in units.items() if linears[0].layer == number}
         outcomes, names = [_run(ground, call, hidden)], []
-        for unit, linears in mine.items():
-            for choice in CHOICES[:-1]:
-                with_choice = _Replaced(ground, call, number, linears, choice)
-                with with_choice:
-                    outcomes.append(_run(ground, call, hidden))
-                names.append(unit)
-        predicted = _predictions(ground, torch.stack(outcomes), number + 1)
-        whole = predicted[0]
-        for unit, found in zip(names, predicted[1:], strict=True):
-            damage.setdefault(unit, []).append(float((whole.exp() * (whole - found)).sum(-1).mean()))
+        for unit, linears in units.items():
+            mine = [linear for linear in linears if linear.layer == number]
+            for at, choice in enumerate(choices_for(linears)):
+                if mine and choice is not None:
+                    with _Replaced(ground, call, number, mine, grids_for(linears, choice, ground.settings)):
+                        outcomes.append(_run(ground, call, hidden))
+                    names.append((unit, at))
+        whole, *others = _predictions(ground, torch.stack(outcomes), number + 1)
+        for (unit, at), found in zip(names, others, strict=True):
+            damage[unit][at] += float((whole.exp() * (whole - found)).sum(-1).mean())
         advance(ground, call, hidden)
         ground.step()
-    return {unit: [*found, 0.0] for unit, found in damage.items()}
+    return damage
 
 
 def _run(ground: Ground, call: LayerCall, hidden: Tensor) -> Tensor:
@@ -90,21 +91,26 @@ class _Replaced:
     """Some matrices of a layer rounded to the nearest, while the block runs."""
 
     def __init__(
-        self, ground: Ground, call: LayerCall, number: int, linears: Sequence[Linear], choice: Grid | None
+        self,
+        ground: Ground,
+        call: LayerCall,
+        number: int,
+        linears: Sequence[Linear],
+        grids: Mapping[str, Grid | None],
     ) -> None:
         self._weights = _weights(ground, call, number, linears)
-        self._choice, self._settings = choice, ground.settings
+        self._grids = grids
         self._own: list[Tensor] = []
 
     def __enter__(self) -> None:
         self._own = [weight.clone() for _, weight in self._weights]
         for linear, weight in self._weights:
-            grid = None if self._choice is None else fitting(self._choice, linear, self._settings)
+            grid = self._grids[linear.module]
             if grid is not None:
                 scale = full_scales(weight, grid, torch.float32)
                 weight.copy_(decode(encode(weight, scale, grid), scale))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *details: object) -> None:
         for (_, weight), own in zip(self._weights, self._own, strict=True):
             weight.copy_(own)
 

@@ -31,7 +31,7 @@ class QuantizeSettings(Settings):
     group_size: GroupSize | None = Field(
         default=None,
         description="inputs that share a scale, or `channel`: all of a row (default: 128; channel for 8 bits in "
-        "compressed-tensors). Matrices that it does not divide get one scale per row",
+        "compressed-tensors). Matrices that it does not divide get a scale for each row; experts all or none",
     )
     format: Literal["compressed-tensors", "gptq"] = Field(
         default="compressed-tensors",

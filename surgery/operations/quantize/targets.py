@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from surgery.architectures import Model
@@ -19,6 +19,8 @@ FACTORS = ("_a_proj", "_b_proj", "_proj_with_mqa")
 GPTQ_MULTIPLE = 32
 # Linear modules that choose or weight and are never rounded.
 CHOOSING = ("shared_expert_gate",)
+# The unit of all experts of all layers: transformers 5 reads one scheme for them, and others wrongly or not at all.
+EXPERTS = "experts"
 # Projections that read the same input, by the last part of their names.
 TOGETHER = {
     "gate_proj": "gate_up", "up_proj": "gate_up", "w1": "gate_up", "w3": "gate_up",
@@ -30,7 +32,7 @@ TOGETHER = {
 class Linear:
     """A linear module: its weight is [outputs, inputs]; modules with the same `unit` are rounded alike.
 
-    `width` is the bytes of one number as it is stored now.
+    `width` is the bytes of one number as it is stored now; `expert` says that it is one of many that tokens choose.
     """
 
     module: str
@@ -39,6 +41,7 @@ class Linear:
     outputs: int
     inputs: int
     width: int
+    expert: bool = False
 
     @property
     def weight(self) -> str:
@@ -60,6 +63,7 @@ def find_targets(model: Model, ignore: list[str]) -> Targets:
     at, experts = model.architecture.attention, model.architecture.experts
     together = {at.query: "qkv", at.key: "qkv", at.value: "qkv"} | TOGETHER
     router = f"{experts.block}.{experts.router}" if experts else None
+    routed = f"{experts.block}.{experts.experts}." if experts and not experts.fused else None
     linears, dense, fused = [], [], []
     for name, shape in model.shapes.items():
         layer = _layer(model, name)
@@ -80,7 +84,10 @@ def find_targets(model: Model, ignore: list[str]) -> Targets:
             else:
                 unit = f"{layer}.{re.sub(r'[.][0-9]+(?=[.]|$)', '', path)}.{together.get(last, last)}"
                 width = model.nbytes[name] // (shape[0] * shape[1])
-                linears.append(Linear(module, layer, unit, shape[0], shape[1], width))
+                expert = routed is not None and inside.startswith(routed)
+                linears.append(
+                    Linear(module, layer, EXPERTS if expert else unit, shape[0], shape[1], width, expert=expert)
+                )
     return Targets(tuple(linears), tuple(dense), tuple(fused))
 
 
@@ -114,10 +121,20 @@ def fitting(grid: Grid, linear: Linear, settings: QuantizeSettings) -> Grid | No
     return grid if divides else Grid(grid.bits, None, grid.kind)
 
 
+def grids_for(linears: Iterable[Linear], grid: Grid | None, settings: QuantizeSettings) -> dict[str, Grid | None]:
+    """A grid for some matrices, as far as it fits, by module; experts get one that fits all of these."""
+    found = {linear.module: None if grid is None else fitting(grid, linear, settings) for linear in linears}
+    experts = {linear.module for linear in linears if linear.expert}
+    if grid is not None and len({found[module] for module in experts}) > 1:
+        common = Grid(grid.bits, None, grid.kind)
+        fits = all(fitting(common, linear, settings) for linear in linears if linear.expert)
+        found |= dict.fromkeys(experts, common if fits else None)
+    return found
+
+
 def uniform_grids(targets: Targets, settings: QuantizeSettings, grid: Grid | None = None) -> dict[str, Grid | None]:
     """One grid for all, as far as it fits, by module."""
-    wanted = grid or wanted_grid(settings)
-    grids = {linear.module: fitting(wanted, linear, settings) for linear in targets.linears}
+    grids = grids_for(targets.linears, grid or wanted_grid(settings), settings)
     if settings.format == "gptq":  # which says once for all layers what is packed in them
         dense = {inside_block(module) for module, found in grids.items() if found is None}
         dense |= {inside_block(module) for module in targets.dense}
