@@ -145,7 +145,12 @@ def ordinary_model(family: Architecture) -> Model:
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {}
     model = Model(family, config, shapes)
+    stem = family.layers.partition("layers.{layer}")[0]
+    shapes |= {f"{stem}embed_tokens.weight": (1024, hidden), "lm_head.weight": (1024, hidden)}
+    shapes[f"{stem}norm.weight"] = (hidden,)
     for layer in range(2):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{family.layers.format(layer=layer)}.{norm}.weight"] = (hidden,)
         names = model.attention(layer)
         rows = {names.query: heads * width, names.key: kv_heads * width, names.value: kv_heads * width}
         if names.fused:

@@ -57,6 +57,9 @@ class Experts(_Data):
         description="the matrices of one expert; or, where all experts share tensors, their names inside the block",
     )
     fused: bool = Field(default=False, description="all experts of a layer share tensors, whose first axis counts them")
+    transposed: bool = Field(
+        default=False, description="tensors that experts share are [experts, in, out], not [experts, out, in]"
+    )
     counts: tuple[str, ...] = Field(description="config keys of the number of experts: one number, several spellings")
     top_k: tuple[str, ...] = Field(
         default=("num_experts_per_tok",), description="config keys of how many experts a token takes"
@@ -80,4 +83,10 @@ class Architecture(_Data):
     text_config: str | None = Field(default=None, description="config key of the nested language model's config")
     layers: str = Field(description="tensor-name template of a decoder layer, with {layer}")
     attention: Attention
+    residual: Literal["plain"] | None = Field(
+        default=None,
+        description="`plain`: RMS norms, whose weights multiply, stand before attention, before the feed-forward and "
+        "before the head; nothing but scalars stands between these and the residual stream; attention mixes values "
+        "linearly. Without it, operations that change the basis of the stream, or the scale of channels, refuse",
+    )
     experts: Experts | None = None

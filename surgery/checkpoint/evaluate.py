@@ -13,6 +13,9 @@ from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.reader import Checkpoint, read_into, reading_errors
 from surgery.errors import CorruptCheckpoint, InternalError, UnsupportedModel
 
+# Numbers that are summed at once.
+SUMMED = 1 << 22
+
 
 def load(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     """Read one stored tensor into private memory. Raises UnsupportedModel for types that torch cannot compute with."""
@@ -95,9 +98,12 @@ def to_bytes(tensor: Tensor) -> memoryview:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    # A sum is finite unless an element is not, or it overflows: only then look at every element.
-    if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        bad = int((~torch.isfinite(tensor)).sum())
+    # A sum is finite unless an element is not, or it overflows: only then look at every element. In pieces, as summing
+    # in float32 makes a copy.
+    if tensor.is_floating_point() and tensor.itemsize > 1:
+        pieces = tensor.reshape(-1).split(SUMMED)
+        suspect = (piece for piece in pieces if not torch.isfinite(piece.sum(dtype=torch.float32)))
+        bad = sum(int((~torch.isfinite(piece)).sum()) for piece in suspect)
         if bad:
             raise CorruptCheckpoint(
                 f"tensor {name!r} holds {bad} values that are NaN or infinite", cause="no operation can repair that",

@@ -14,7 +14,8 @@ from surgery.suggestions import did_you_mean
 
 ENTRY_POINTS = "surgery.operations"
 # An explicit table instead of a walk over the package: a walk hides import errors.
-_SHIPPED = tuple(f"surgery.operations.{name}" for name in ("kv_latent", "expert_prune", "expert_top_k", "heal"))
+_NAMES = ("kv_latent", "expert_prune", "expert_top_k", "heal", "rotate", "smooth", "quantize")
+_SHIPPED = tuple(f"surgery.operations.{name}" for name in _NAMES)
 
 
 @cache

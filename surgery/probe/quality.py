@@ -86,12 +86,12 @@ def measure(subject: Subject) -> Quality:
     """Run checkpoint and base over the windows, once per job."""
     subject.release()
     base: Any = None
-    windows = _windows(subject).to(subject.device)
+    rows = windows(subject).to(subject.device)
     quality = Quality(is_text=_has_text(subject))
     if subject.job.get("against"):
         with subject.noise.muted():
             base, _ = load_model(Path(subject.job["against"]), subject.job, base=True)
-    for window in windows:
+    for window in rows:
         logits = forward(subject.model, window[None])[0]
         reference = None
         if base is not None:
@@ -142,7 +142,7 @@ def _at(distributions: Tensor, targets: Tensor) -> float:
     return distributions[: len(targets)].gather(-1, targets[:, None]).double().sum().item()
 
 
-def _windows(subject: Subject) -> Tensor:
+def windows(subject: Subject) -> Tensor:
     """Non-overlapping windows (count, length), each begun with the token that the tokenizer begins a text with."""
     count, length = int(subject.job.get("windows", 16)), int(subject.job.get("length", 256))
     length = min(length, getattr(text_config(subject.model.config), "max_position_embeddings", length))

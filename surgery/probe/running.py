@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import attention, decoding, dequantized, loading, quality
+from . import attention, cached, decoding, dequantized, loading, quality
 from .noise import Noise
 from .outcome import Outcome, failed, skipped, verdict
 from .subject import Subject
@@ -45,6 +45,7 @@ CHECKS: dict[str, Check] = {
         quality.perplexity_gate,
         quality.base_comparison,
         quality.logits_equal,
+        cached.quantized_cache,
     )
 }
 NAMES = (*CHECKS, "no_warnings")

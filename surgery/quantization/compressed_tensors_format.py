@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.expressions import Tensors, TensorSpec
 from surgery.errors import MissingPackage
-from surgery.quantization.grid import Grid, Rounded
 from surgery.quantization.layout import Format, Layout
+from surgery.quantization.schemes import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from surgery.quantization.grid import Rounded
 
 PACKAGES = {"compressed_tensors": "compressed-tensors>=0.15"}
 

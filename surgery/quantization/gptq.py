@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgery.quantization.grid import Grid, Rounded
+from surgery.quantization.grid import Rounded
+from surgery.quantization.schemes import Grid
 
 BLOCK = 128
 HARDEST_DAMPING = 1.0

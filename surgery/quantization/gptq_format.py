@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.expressions import Tensors, TensorSpec
-from surgery.quantization.grid import Grid, Rounded
 from surgery.quantization.layout import Format, Layout
+from surgery.quantization.schemes import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from surgery.quantization.grid import Rounded
 
 
 def _specs(module: str, weight: TensorSpec, grid: Grid, _activations: bool) -> dict[str, TensorSpec]:

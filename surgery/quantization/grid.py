@@ -1,4 +1,4 @@
-"""The values that a weight may take after rounding, and rounding to them.
+"""Rounding weights to the values of a grid.
 
 Symmetric, without zero points: a weight is code * scale. Scales are rounded to the type they are stored in before any
 code is computed, so that a file decodes to exactly the values that were chosen.
@@ -7,41 +7,14 @@ code is computed, so that a file decodes to exactly the values that were chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from surgery.checkpoint.dtypes import byte_count
+from surgery.quantization.schemes import FLOAT8_MAX, Grid
 
 # Shares of the largest magnitude that a search for scales tries; 1 cuts nothing off.
 SHRINKS = tuple(1 - step / 20 for step in range(11))
-FLOAT8_MAX = 448.0
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Codes of `bits` bits, with a scale for every `group_size` inputs of a row (None: one for the whole row).
-
-    Integers lie in [-2^(bits-1), 2^(bits-1) - 1]; `kind` float is E4M3 of 8 bits.
-    """
-
-    bits: int
-    group_size: int | None
-    kind: Literal["int", "float"] = "int"
-
-    def groups(self, inputs: int) -> int:
-        """How many scales a row of `inputs` numbers has."""
-        return 1 if self.group_size is None else inputs // self.group_size
-
-    def nbytes(self, shape: tuple[int, ...], scale_dtype: str) -> int:
-        """Bytes of the codes and scales of a matrix [out, in]; `scale_dtype` is a safetensors name."""
-        return shape[0] * shape[1] * self.bits // 8 + byte_count(scale_dtype, (shape[0], self.groups(shape[1])))
-
-    @property
-    def reach(self) -> float:
-        """The code to which the largest magnitude of a group is mapped."""
-        return FLOAT8_MAX if self.kind == "float" else (2**self.bits - 1) / 2
 
 
 @dataclass(frozen=True)

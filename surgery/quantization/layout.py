@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.expressions import Tensors, TensorSpec
-from surgery.quantization.grid import Grid, Rounded
+from surgery.quantization.schemes import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from surgery.quantization.grid import Rounded
 
 
 @dataclass(frozen=True)

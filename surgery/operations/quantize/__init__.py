@@ -26,8 +26,8 @@ from surgery.operations.quantize.targets import (
 from surgery.planning import Draft
 from surgery.quantization.compressed_tensors_format import COMPRESSED_TENSORS
 from surgery.quantization.gptq_format import GPTQ
-from surgery.quantization.grid import Grid
 from surgery.quantization.layout import Format
+from surgery.quantization.schemes import Grid
 
 FORMATS: Mapping[str, Format] = {"compressed-tensors": COMPRESSED_TENSORS, "gptq": GPTQ}
 # Numbers of a matrix that are rounded and packed at once.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import Linear, Targets, grids_for, uniform_grids
-from surgery.quantization.grid import Grid
+from surgery.quantization.schemes import Grid
 
 # From few bytes to many; None leaves the weights as they are.
 CHOICES: tuple[Grid | None, ...] = (Grid(4, 128), Grid(4, 32), Grid(8, None), None)

@@ -22,7 +22,7 @@ from surgery.operations.quantize.sensitivity import sensible_grids
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import Targets, find_targets, uniform_grids, wanted_grid
 from surgery.operations.quantize.walk import Ground, Walked, reference_log_probabilities, walk
-from surgery.quantization.grid import Grid
+from surgery.quantization.schemes import Grid
 
 # Windows kept back to judge: one in eight, at most 32.
 HELD_OUT, MOST_HELD_OUT = 8, 32

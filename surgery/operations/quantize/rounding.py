@@ -12,7 +12,8 @@ from torch import Tensor
 from surgery.operations.quantize.moments import Moments
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.quantization.gptq import gptq, relative_error
-from surgery.quantization.grid import Grid, Rounded, encode, full_scales, searched_scales
+from surgery.quantization.grid import Rounded, encode, full_scales, searched_scales
+from surgery.quantization.schemes import Grid
 
 Scales = Literal["none", "mse", "activation"]
 

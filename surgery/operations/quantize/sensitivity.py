@@ -13,7 +13,8 @@ from surgery.operations.quantize.experts import fused_experts
 from surgery.operations.quantize.rounding import Recipe
 from surgery.operations.quantize.targets import Linear, Targets, grids_for
 from surgery.operations.quantize.walk import POSITIONS, Ground, advance, entrance, linear_modules
-from surgery.quantization.grid import Grid, decode, encode, full_scales
+from surgery.quantization.grid import decode, encode, full_scales
+from surgery.quantization.schemes import Grid
 
 # Windows on which parts are tried.
 TRIED = 8

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from surgery.architectures import Model
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.quantization.gptq_format import inside_block
-from surgery.quantization.grid import Grid
 from surgery.quantization.layout import Layout
+from surgery.quantization.schemes import Grid
 
 # Low-rank factors that are thinner than this stay as they are: little is won and much lost.
 THIN = 256
@@ -83,7 +83,8 @@ def find_targets(model: Model, ignore: list[str]) -> Targets:
                 dense.append(module)
             else:
                 unit = f"{layer}.{re.sub(r'[.][0-9]+(?=[.]|$)', '', path)}.{together.get(last, last)}"
-                width = model.nbytes[name] // (shape[0] * shape[1])
+                count = shape[0] * shape[1]
+                width = model.nbytes.get(name, 2 * count) // count
                 expert = routed is not None and inside.startswith(routed)
                 linears.append(
                     Linear(module, layer, EXPERTS if expert else unit, shape[0], shape[1], width, expert=expert)

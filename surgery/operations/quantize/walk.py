@@ -26,8 +26,8 @@ from surgery.operations.quantize.moments import Moments
 from surgery.operations.quantize.rounding import Found, Recipe, round_matrix
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import Linear, fitting
-from surgery.quantization.grid import Grid
 from surgery.quantization.layout import Format
+from surgery.quantization.schemes import Grid
 
 # Token positions of a held-out window at which outputs are compared.
 POSITIONS = 64
