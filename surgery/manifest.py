@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
@@ -45,6 +46,8 @@ from surgery.validation import validate
 FORMAT = 1
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 COMMIT = "[0-9a-f]{40}"
+# OUT.partial and OUT.replaced are folders that surgery makes on the way.
+VARIANT = r"(?!.*\.(partial|replaced)$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./@-]*")
 
 
@@ -245,11 +248,17 @@ class _Format(_Section):
     data: Data = Field(default=Data(), description="the text that training stages learn from")
     output: Output = Field(default=Output(), description="how the result is stored")
     verify: Verify | bool = Field(default=True, description="what the result must hold; false verifies nothing")
+    variants: dict[str, Any] = Field(
+        default={}, description="further results, each by more operations after the others: NAME is written to OUT-NAME"
+    )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was checked. `verify` is None where nothing is to be verified."""
+    """A manifest that was checked. `verify` is None where nothing is to be verified.
+
+    `variants` are the operations, after `steps`, of each further result.
+    """
 
     steps: tuple[Step, ...] = ()
     base: str | None = None
@@ -257,18 +266,35 @@ class Manifest:
     data: Data = field(default_factory=Data)
     output: Output = field(default_factory=Output)
     verify: Verify | None = field(default_factory=Verify)
+    variants: Mapping[str, tuple[Step, ...]] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+
+    @property
+    def all_steps(self) -> tuple[Step, ...]:
+        """The steps of the result, and those of every variant."""
+        return (*self.steps, *(step for steps in self.variants.values() for step in steps))
+
+    def variant(self, name: str) -> Manifest:
+        """The manifest that makes one variant alone. Raises UsageError where there is no such variant."""
+        if name not in self.variants:
+            raise UsageError(
+                f"there is no variant {name!r}{did_you_mean(name, self.variants)}",
+                cause=f"known: {', '.join(self.variants) or 'none'}", remedy="name one of the manifest",
+            )  # fmt: skip
+        return replace(self, steps=(*self.steps, *self.variants[name]), variants=MappingProxyType({}))
 
     def to_json(self) -> dict[str, Any]:
         """The canonical form as plain data: every setting written out, files as the manifest gave them.
 
-        Without `data` where nothing trains on it.
+        Without `data` where nothing trains on it, and without `variants` where there are none.
         """
+        variants = {name: _steps_json(steps) for name, steps in self.variants.items()}
         sections = {
-            "operations": [{step.operation.name: step.settings.model_dump(mode="json")} for step in self.steps],
+            "operations": _steps_json(self.steps),
             "calibration": self.calibration.model_dump(mode="json"),
             **({"data": self.data.model_dump(mode="json")} if any(step.trains for step in self.steps) else {}),
             "output": self.output.model_dump(mode="json"),
             "verify": self.verify.model_dump(mode="json") if self.verify else False,
+            **({"variants": variants} if variants else {}),
         }
         return {"surgery": FORMAT, **({"base": self.base} if self.base else {}), **sections}
 
@@ -291,6 +317,10 @@ class Manifest:
     def sha256(self) -> str:
         """A hash of the canonical form, equal for manifests that mean the same."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _steps_json(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    return [{step.operation.name: step.settings.model_dump(mode="json")} for step in steps]
 
 
 def load_manifest(
@@ -337,16 +367,58 @@ def json_schema() -> dict[str, Any]:
     ]  # fmt: skip
     definitions = definitions["$defs"]
     schema = definitions.pop(_Format.__name__)
-    schema["properties"]["operations"]["items"] = {"anyOf": [{"enum": list(known)}, *entries]}
+    entry = {"anyOf": [{"enum": list(known)}, *entries]}
+    schema["properties"]["operations"]["items"] = entry
+    schema["properties"]["variants"] |= {
+        "propertyNames": {"pattern": f"^({VARIANT})$"},
+        "additionalProperties": {"anyOf": [*entry["anyOf"], {"type": "array", "items": entry, "minItems": 1}]},
+    }
     return {"$schema": SCHEMA_DIALECT, **schema, "title": "surgery manifest", "$defs": definitions}
 
 
 def _manifest(document: Document, folder: Path) -> Manifest:
     form = validate(_Format, document, (), folder)
-    steps = tuple(_step(document, ("operations", number), folder) for number in range(len(form.operations)))
+    steps = _steps(document, [("operations", number) for number in range(len(form.operations))], folder)
     _check_order(document, steps)
+    variants = {name: _variant(document, steps, name, folder) for name in form.variants}
+    _check_names(document, [*variants])
     verify = form.verify if isinstance(form.verify, Verify) else Verify() if form.verify else None
-    return Manifest(steps, form.base, form.calibration, form.data, form.output, verify)
+    return Manifest(
+        tuple(steps.values()), form.base, form.calibration, form.data, form.output, verify, MappingProxyType(variants)
+    )  # fmt: skip
+
+
+def _steps(document: Document, entries: Sequence[Keys], folder: Path) -> dict[Keys, Step]:
+    """The steps by the places of their entries."""
+    return {keys: _step(document, keys, folder) for keys in entries}
+
+
+def _variant(document: Document, shared: Mapping[Keys, Step], name: str, folder: Path) -> tuple[Step, ...]:
+    """The steps of one variant, checked to fit after the shared ones."""
+    keys: Keys = ("variants", name)
+    place, value = document.place(keys), document.at(keys)
+    if not re.fullmatch(VARIANT, name):
+        raise place.error(
+            f"{name[:80]!r} cannot be the name of a variant",
+            cause="a name has letters, digits, dots, dashes and underscores, no dot or dash first, at most 64 in all, "
+            "and does not end in .partial or .replaced",
+            remedy="give it another name, such as int4: it is written to OUT-int4",
+        )  # fmt: skip
+    if value == []:
+        raise place.error(
+            f"variant {name} has no operation", cause="without one it is the result itself",
+            remedy="name an operation, or leave the variant out",
+        )  # fmt: skip
+    entries = [(*keys, number) for number in range(len(value))] if isinstance(value, list) else [keys]
+    steps = _steps(document, entries, folder)
+    for at, step in steps.items():
+        if step.trains:
+            raise document.place(at).error(
+                f"{step.operation.name} cannot be in a variant", cause="it trains, and one training serves all results",
+                remedy="put it in operations, or make another manifest",
+            )  # fmt: skip
+    _check_order(document, {**shared, **steps})
+    return tuple(steps.values())
 
 
 def _step(document: Document, keys: Keys, folder: Path) -> Step:
@@ -376,13 +448,24 @@ def _operation(document: Document, keys: Keys, name: str) -> Operation[Any]:
     return known[name]
 
 
-def _check_order(document: Document, steps: Sequence[Step]) -> None:
+def _check_names(document: Document, names: Sequence[str]) -> None:
+    """Refuse variants that are one folder to some file systems."""
+    for number, name in enumerate(names):
+        twin = next((other for other in names[:number] if other.lower() == name.lower()), None)
+        if twin is not None:
+            raise document.place(("variants", name)).error(
+                f"variants {twin} and {name} differ in upper and lower case alone",
+                cause="some file systems take OUT-NAME of both for one folder", remedy="give one of them another name",
+            )  # fmt: skip
+
+
+def _check_order(document: Document, steps: Mapping[Keys, Step]) -> None:
     """Hold every pair against what either side declares. A pair that nobody speaks of is free."""
-    for later, second in enumerate(steps):
-        for first in steps[:later]:
+    for later, (keys, second) in enumerate(steps.items()):
+        for first in list(steps.values())[:later]:
             reason = _clash(first.operation, second.operation)
             if reason:
-                raise document.place(("operations", later)).error(
+                raise document.place(keys).error(
                     f"{second.operation.name} cannot come after {first.operation.name}",
                     cause=reason[0],
                     remedy=reason[1],
@@ -393,6 +476,8 @@ def _clash(first: Operation[Any], second: Operation[Any]) -> tuple[str, str] | N
     a, b = first.name, second.name
     if b in first.never_with or a in second.never_with:
         return f"{a} and {b} are never combined", f"keep one of {a} and {b}"
+    if first.quantizes:
+        return f"{a} packs the weights, and nothing can change them afterwards", f"put {a} last"
     turned = a in second.before or b in first.after
     if turned and not (b in first.before or a in second.after):
         return f"{b} works on what it finds before {a}", f"put {b} before {a}"

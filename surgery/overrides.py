@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from surgery.document import Document, Keys, Place, parse_value
@@ -68,32 +68,64 @@ def _split(settings: str) -> Iterator[str]:
 
 def _keys(document: Document, parts: list[str], place: Place) -> Keys:
     """Where in the document `--set` writes."""
-    head, rest = parts[0], parts[1:]
-    if head in SECTIONS or parts == ["base"]:
+    if parts[0] in SECTIONS or parts in (["base"], ["variants"]):
         return tuple(parts)
+    if parts[0] == "variants":
+        return _variant_keys(document, parts[1:], place)
     entries = _look(document, ("operations",))
-    names = [_name(entry) for entry in entries] if isinstance(entries, list) else []
-    numbers = [number for number, name in enumerate(names) if name == head]
-    known = [*SECTIONS, "base", *dict.fromkeys(name for name in names if name)]
-    if not numbers:
+    listed = entries if isinstance(entries, list) else []
+    found: dict[Keys, Any] = {("operations", number): entry for number, entry in enumerate(listed)}
+    return _operation_keys(found, "", parts, [*SECTIONS, "base", "variants"], place)
+
+
+def _variant_keys(document: Document, parts: list[str], place: Place) -> Keys:
+    """Within `variants`: the whole of one, known or new, or a setting in it. Names of variants may have dots."""
+    variants = _look(document, ("variants",))
+    known = [name for name in variants if isinstance(name, str)] if isinstance(variants, dict) else []
+    name = ".".join(parts)
+    rest: list[str] = []
+    while name not in known and "." in name:
+        name, _, last = name.rpartition(".")
+        rest.insert(0, last)
+    if name not in known and rest:
+        raise place.error(
+            f"no variant is called {name!r}{did_you_mean(name, known)}", cause=f"known: {', '.join(known) or 'none'}",
+            remedy="name a variant of the manifest, or make one with variants.NAME={operation: {setting: value}}",
+        )  # fmt: skip
+    keys: Keys = ("variants", name)
+    if not rest:
+        return keys
+    value = _look(document, keys)
+    listed = {(*keys, number): entry for number, entry in enumerate(value)} if isinstance(value, list) else None
+    entries: Mapping[Keys, Any] = {keys: value} if listed is None else listed
+    return _operation_keys(entries, f"variants.{name}.", rest, [], place)
+
+
+def _operation_keys(entries: Mapping[Keys, Any], path: str, parts: list[str], others: list[str], place: Place) -> Keys:
+    """The keys of a setting of one of `entries`, which `path` leads to; `others` may be named beside them."""
+    head, rest = parts[0], parts[1:]
+    named = {keys: name for keys, entry in entries.items() if (name := _name(entry))}
+    at = [keys for keys, name in named.items() if name == head]
+    known = [*others, *dict.fromkeys(named.values())]
+    if not at:
         raise place.error(
             f"nothing is called {head!r}{did_you_mean(head, known)}", cause=f"known: {', '.join(known)}",
             remedy="name a section, or an operation of the manifest",
         )  # fmt: skip
     if rest and rest[0].isdecimal():
         index, rest = int(rest[0][:9]), rest[1:]
-        if index >= len(numbers):
-            raise place.error(f"there is no {head} number {index}", cause=f"the last one is number {len(numbers) - 1}",
+        if index >= len(at):
+            raise place.error(f"there is no {head} number {index}", cause=f"the last one is number {len(at) - 1}",
                               remedy="count from 0")  # fmt: skip
-        numbers = [numbers[index]]
-    if len(numbers) > 1:
-        raise place.error(f"{head} occurs {len(numbers)} times", cause="the option does not say which one is meant",
-                          remedy=f"write {head}.0.{'.'.join(rest)} for the first one")  # fmt: skip
+        at = [at[index]]
+    if len(at) > 1:
+        raise place.error(f"{head} occurs {len(at)} times", cause="the option does not say which one is meant",
+                          remedy=f"write {path}{head}.0.{'.'.join(rest)} for the first one")  # fmt: skip
     if not rest:
         raise place.error(
-            f"{head} alone cannot be set", cause="it is an operation", remedy=f"write {head}.SETTING=VALUE"
+            f"{head} alone cannot be set", cause="it is an operation", remedy=f"write {path}{head}.SETTING=VALUE"
         )
-    return ("operations", numbers[0], head, *rest)
+    return (*at[0], head, *rest)
 
 
 def _name(entry: Any) -> str | None:

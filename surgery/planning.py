@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from surgery.checkpoint.expressions import Computed, Rewrite, Rows, Stored, Tens
 from surgery.checkpoint.layout import index_bytes, lay_out
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.code import Family, RuntimePart, emit_code
-from surgery.errors import InternalError, RefusedInput, UnsupportedModel
+from surgery.errors import InternalError, RefusedInput, SurgeryError, UnsupportedModel
 from surgery.metrics.active import active_parameters
 from surgery.metrics.cache import cache_bytes_per_token
 from surgery.version import __version__
@@ -67,6 +68,18 @@ class _Bytes(Mapping[str, int]):
         return len(self._draft.tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """How many parameters there are, how many are trained, and through how many a token goes.
+
+    `active` is None where that is all, or not known.
+    """
+
+    all: int
+    active: int | None
+    trained: int
+
+
 @dataclass
 class Draft:
     """A checkpoint in the making; the one mutable thing that operations see.
@@ -74,7 +87,8 @@ class Draft:
     `config` is the language model's config, nested in `root` for multimodal models (the same object otherwise).
     `parts` are the runtime files that the result needs; none means that a stock class holds it. `changes` are the
     groups of parameters that operations declared as theirs, `trained` the tensors that training adapts, and
-    `scratch_bytes` what it keeps on disk meanwhile. `facts` are what an operation decided, for the lock.
+    `scratch_bytes` what it keeps on disk meanwhile. `facts` are what an operation decided, for the lock. Where weights
+    are packed, `unpacked` counts what they stand for.
     """
 
     architecture: Architecture | None
@@ -88,10 +102,37 @@ class Draft:
     trained: set[str] = field(default_factory=set)
     scratch_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    unpacked: Parameters | None = None
 
     def onto(self, checkpoint: Checkpoint) -> Draft:
-        """The same draft once its tensors so far were written as `checkpoint`."""
-        return replace(self, tensors={name: Stored(info) for name, info in checkpoint.tensors.items()})
+        """The same draft once its tensors so far were written as `checkpoint`; their order stays the draft's."""
+        return replace(self, tensors={name: Stored(checkpoint.tensors[name]) for name in self.tensors})
+
+    def fork(self) -> Draft:
+        """A draft of its own that goes on from here."""
+        root, config = copy.deepcopy((self.root, self.config))  # together, so that one object stays one
+        return replace(
+            self, root=root, config=config, tensors=dict(self.tensors), parts=list(self.parts),
+            dropped=dict(self.dropped), notes=list(self.notes), changes=set(self.changes), trained=set(self.trained),
+            facts=copy.deepcopy(self.facts),
+        )  # fmt: skip
+
+    def prepare(self, step: Step, dtype: str) -> bool:
+        """Before packing: store every floating tensor as `dtype` (as in `output.dtype`); whether any tensor changed.
+
+        Scales and packed weights that come afterwards are then left alone.
+        """
+        if not step.operation.quantizes or self.unpacked is not None:
+            return False
+        before = self.tensors
+        self.finish(dtype)
+        self.unpacked = count_parameters(self)
+        return any(self.tensors[name] is not before[name] for name in before)
+
+    def finish(self, dtype: str) -> None:
+        """Store every floating tensor as `dtype` (as in `output.dtype`), where that was not done before packing."""
+        if dtype != "keep" and self.unpacked is None:
+            self.cast(SAFETENSORS_NAMES[dtype])
 
     @property
     def model(self) -> Model:
@@ -256,6 +297,7 @@ class Plan:
     """Everything a conversion will do. Sizes are bytes; `estimated` says that some sizes wait for a measurement.
 
     `active_before` and `active_after` are the parameters that a token goes through, for models with experts.
+    `variants` has the plan of each variant, as if it were made alone; `disk_needed` and `peak_memory` cover them all.
     """
 
     source: str
@@ -281,6 +323,7 @@ class Plan:
     trained_parameters: int
     notes: tuple[str, ...]
     estimated: bool
+    variants: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def fates(self) -> Mapping[str, int]:
@@ -289,9 +332,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the ledger's lines (its counts are there)."""
-        plain = {key: value for key, value in vars(self).items() if key not in {"ledger", "stages"}}
+        plain = {key: value for key, value in vars(self).items() if key not in {"ledger", "stages", "variants"}}
         plain["stages"] = [{"kind": s.kind, "title": s.title, "operations": list(s.operations)} for s in self.stages]
         plain["ledger"] = dict(self.fates)
+        if self.variants:
+            plain["variants"] = {name: plan.to_json() for name, plan in self.variants.items()}
         return plain
 
 
@@ -310,11 +355,42 @@ def make_plan(
 
     `stored` gives the result of a measurement on the base that was made before; with it less is estimated.
     """
-    draft = open_draft(checkpoint)
-    stages, estimated = _dry_run(draft, manifest.steps, stored)
-    if manifest.output.dtype != "keep":
-        draft.cast(SAFETENSORS_NAMES[manifest.output.dtype])
-    return describe(checkpoint, draft, manifest, stages, estimated=estimated, workers=workers)
+    run = _DryRun(open_draft(checkpoint), manifest.output.dtype, stored)
+    run.apply(manifest.steps)
+    shared = len(run.stages)
+    variants: dict[str, Plan] = {}
+    disk = 0
+    for name, steps in manifest.variants.items():
+        branch = run.fork()
+        with variant_errors(name):
+            branch.apply(steps)
+            stages = branch.finish()
+            plan = describe(
+                checkpoint, branch.draft, manifest.variant(name), stages, estimated=branch.estimated, workers=workers
+            )  # fmt: skip
+        reused = starts_on_main(manifest, steps[0]) and stages[shared].kind == "edit"
+        between = sum(stage.kind == "edit" for stage in stages[shared:]) - 1 - reused
+        disk += plan.bytes_written + SMALL_FILES_BYTES + between * max(plan.bytes_written, checkpoint.tensor_bytes)
+        variants[name] = plan
+    stages = run.finish()
+    plan = describe(checkpoint, run.draft, manifest, stages, estimated=run.estimated, workers=workers)
+    peak = max(each.peak_memory for each in (plan, *variants.values()))
+    return replace(plan, disk_needed=plan.disk_needed + disk, peak_memory=peak, variants=variants)
+
+
+def starts_on_main(manifest: Manifest, step: Step) -> bool:
+    """Whether `step`, the first one of a variant, may measure the main result: alone it would not see another type."""
+    return step.measures and (manifest.output.dtype == "keep" or step.operation.quantizes)
+
+
+@contextmanager
+def variant_errors(name: str) -> Iterator[None]:
+    """Let errors name the variant that they are about."""
+    try:
+        yield
+    except SurgeryError as error:
+        error.problem = f"variant {name}: {error.problem}"
+        raise
 
 
 def describe(
@@ -330,7 +406,7 @@ def describe(
     shards = lay_out(checkpoint, draft.tensors, manifest.output.shard_bytes)
     index = index_bytes(shards)
     written = sum(len(shard.header) + shard.data_bytes for shard in shards)
-    trained = sum(element_count(draft.spec(name).shape) for name in draft.trained)
+    parameters = count_parameters(draft)
     edits, trains = (sum(stage.kind == kind for stage in stages) for kind in ("edit", "train"))
     dtype = storage_dtype(checkpoint)
     cache_dtype = str(draft.config.get("torch_dtype") or dtype).removeprefix("torch.")
@@ -343,7 +419,7 @@ def describe(
         operations=tuple({step.operation.name: step.settings.model_dump(mode="json")} for step in manifest.steps),
         stages=stages,
         parameters_before=checkpoint.parameter_count,
-        parameters_after=sum(element_count(value.spec.shape) for value in draft.tensors.values()),
+        parameters_after=parameters.all,
         bytes_read=_bytes_read(draft),
         bytes_written=written,
         # What stands between stages may be as large as the base, if a later operation is the one that cuts.
@@ -355,18 +431,18 @@ def describe(
             _peak_memory(draft, workers),
             _measuring_memory(checkpoint, draft, manifest) if calibrates(manifest.steps) else 0,
             _reading_memory(checkpoint) if any(step.weights_only for step in manifest.steps) else 0,
-            _training_memory(checkpoint, trained) if trains else 0,
+            _training_memory(checkpoint, parameters.trained) if trains else 0,
         ),
         cache_dtype=cache_dtype,
         cache_bytes_before=cache_bytes_per_token(original, dtype),
         cache_bytes_after=cache_bytes_per_token(draft.config, cache_dtype),
-        active_before=active_count(open_draft(checkpoint)),
-        active_after=active_count(draft),
+        active_before=count_parameters(open_draft(checkpoint)).active,
+        active_after=parameters.active,
         code=tuple(emit_code(Family.of(draft.model.architecture), draft.parts, __version__) if draft.parts else ()),
         shards=(*(shard.name for shard in shards), *((index[0],) if index else ())),
         ledger=ledger(checkpoint, draft),
         side_files={file.name: file.dropped for file in checkpoint.side_files},
-        trained_parameters=trained,
+        trained_parameters=parameters.trained,
         notes=tuple(draft.notes),
         estimated=estimated,
     )
@@ -381,8 +457,16 @@ def storage_dtype(checkpoint: Checkpoint) -> str:
     return TORCH_NAMES.get(count.most_common(1)[0][0], "float32")
 
 
-def active_count(draft: Draft) -> int | None:
-    """The parameters that a token goes through; None where all are, or where that is not known."""
+def count_parameters(draft: Draft) -> Parameters:
+    """The parameters of a draft; of packed weights, those that they stand for."""
+    if draft.unpacked is not None:
+        return draft.unpacked
+    counts = {name: element_count(value.spec.shape) for name, value in draft.tensors.items()}
+    trained = sum(count for name, count in counts.items() if name in draft.trained)
+    return Parameters(sum(counts.values()), _active(draft), trained)
+
+
+def _active(draft: Draft) -> int | None:
     if draft.architecture is None or draft.architecture.experts is None:
         return None
     try:
@@ -391,31 +475,47 @@ def active_count(draft: Draft) -> int | None:
         return None  # an operation on experts says so itself; others do not mind
 
 
-def _dry_run(
-    draft: Draft, steps: Sequence[Step], stored: Callable[[Step], Statistics | None]
-) -> tuple[tuple[Stage, ...], bool]:
-    """Apply every operation to the draft, grouping consecutive edits into one stage."""
-    stages: list[Stage] = []
-    pending: list[str] = []
-    estimated = False
-    untouched = True
-    for step in steps:
-        found: Statistics | None = None
-        step.check(draft.model)
-        if step.measures or step.trains:
-            if pending:
-                stages.append(Stage("edit", "write the intermediate checkpoint", tuple(pending)))
-                pending = []
-            kind, verb = ("measure", "calibrate") if step.measures else ("train", "train by")
-            stages.append(Stage(kind, f"{verb} {step.operation.name}", (step.operation.name,)))
-            found = stored(step) if step.measures and untouched else None
-            estimated = estimated or (step.measures and found is None)
-        step.edit(draft, found)
-        untouched = False
-        pending.append(step.operation.name)
-    if pending or not stages:
-        stages.append(Stage("edit", "write the checkpoint", tuple(pending)))
-    return tuple(stages), estimated
+@dataclass
+class _DryRun:
+    """Operations applied one after the other, with consecutive edits grouped into one stage."""
+
+    draft: Draft
+    dtype: str
+    stored: Callable[[Step], Statistics | None]
+    stages: list[Stage] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
+    estimated: bool = False
+    untouched: bool = True
+
+    def fork(self) -> _DryRun:
+        """A run of its own that goes on from here."""
+        return replace(self, draft=self.draft.fork(), stages=list(self.stages), pending=list(self.pending))
+
+    def apply(self, steps: Sequence[Step]) -> None:
+        """Apply operations."""
+        for step in steps:
+            step.check(self.draft.model)
+            cast = self.draft.prepare(step, self.dtype)
+            self.untouched = self.untouched and not cast
+            found: Statistics | None = None
+            if step.measures or step.trains:
+                if self.pending or cast:
+                    self.stages.append(Stage("edit", "write the intermediate checkpoint", tuple(self.pending)))
+                    self.pending = []
+                kind, verb = ("measure", "calibrate") if step.measures else ("train", "train by")
+                self.stages.append(Stage(kind, f"{verb} {step.operation.name}", (step.operation.name,)))
+                found = self.stored(step) if step.measures and self.untouched else None
+                self.estimated = self.estimated or (step.measures and found is None)
+            step.edit(self.draft, found)
+            self.untouched = False
+            self.pending.append(step.operation.name)
+
+    def finish(self) -> tuple[Stage, ...]:
+        """Apply what the output asks for; returns all stages."""
+        self.draft.finish(self.dtype)
+        if self.pending or not self.stages:
+            self.stages.append(Stage("edit", "write the checkpoint", tuple(self.pending)))
+        return tuple(self.stages)
 
 
 def _bytes_read(draft: Draft) -> int:

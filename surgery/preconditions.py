@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.calibration.documents import BUILTIN_TEXTS, Document, evaluation_text, plain_text, read_documents
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.lock import LOCK
-from surgery.errors import DiskFull, OutputExists
+from surgery.errors import DiskFull, MissingPackage, OutputExists
 from surgery.planning import Plan, calibrates
 from surgery.training.overlap import refuse_overlap
 
@@ -43,12 +44,33 @@ def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
         )  # fmt: skip
 
 
+def check_packages(manifest: Manifest) -> None:
+    """Refuse to make what could not be loaded here to verify it."""
+    if manifest.verify is None:
+        return
+    for step in manifest.all_steps:
+        for module, wanted in step.operation.packages(step.settings).items():
+            if not _importable(module):
+                raise MissingPackage(
+                    f"{wanted} is not installed, and results of {step.operation.name} need it to load",
+                    cause="the result could not be loaded to verify it",
+                    remedy=f'pip install "{wanted}", or do without verification: verify: false, or --no-verify',
+                )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # a parent that is missing, or one that a test put there
+        return False
+
+
 def check_texts(manifest: Manifest, plan: Plan) -> None:
     """Refuse to judge a result on text that it was made from."""
     if manifest.verify is None or manifest.verify.text is None:
         return
     used: dict[str, tuple[Any, Calibration | Data]] = {
-        "calibration": (calibrates(manifest.steps), manifest.calibration),
+        "calibration": (calibrates(manifest.all_steps), manifest.calibration),
         "data": (plan.trained_parameters, manifest.data),
     }
     for name, (needed, section) in used.items():

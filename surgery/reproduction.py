@@ -16,6 +16,7 @@ from surgery.conversion import Conversion, convert
 from surgery.emission.lock import FORMAT, versions
 from surgery.errors import RefusedInput, UsageError, VerificationFailure
 from surgery.manifest import Calibration, Data, Manifest, manifest_from_dict
+from surgery.planning import variant_errors
 from surgery.progress import Report, silent
 
 # The card and the lock also record versions and measured figures, which may differ where the weights do not.
@@ -32,6 +33,7 @@ class _Lock:
     outputs: Mapping[str, Any]
     versions: Mapping[str, Any]
     training: Mapping[str, Any]
+    variants: Mapping[str, Any]
 
 
 def reproduce(
@@ -52,6 +54,8 @@ def reproduce(
     report: Report = silent,
 ) -> Conversion:
     """Repeat into `out` the conversion that `lock` (a surgery.lock.json) records, and compare every file.
+
+    The lock of a variant repeats that variant alone, the lock of the main result makes all variants again.
 
     base     where the base is on this machine; needed where it was a local folder
     files    the folder in which the manifest's text files are
@@ -87,7 +91,10 @@ def reproduce(
             statistics=statistics or Path(fresh), teacher=teacher, trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle, report=report,
         )  # fmt: skip
-    _compare(done, recorded)
+    _compare(done, recorded.outputs, recorded.versions)
+    for name, made in done.variants.items():
+        with variant_errors(name):
+            _compare(made, recorded.variants.get(name, {}).get("outputs", {}), recorded.versions)
     return done
 
 
@@ -102,13 +109,18 @@ def _read(path: Path) -> _Lock:
             f"{path.name} is not a lock of format {FORMAT}", cause=f"it must have {', '.join(parts)}",
             remedy="use the surgery.lock.json of a converted checkpoint",
         )  # fmt: skip
-    return _Lock(**{part: found[part] for part in parts}, training=found.get("training", {}))
+    more = {part: found.get(part, {}) for part in ("training", "variants")}
+    return _Lock(**{part: found[part] for part in parts}, **more)
 
 
 def _is_sound(found: Mapping[str, Any], parts: Collection[str]) -> bool:
     """Whether all that is looked into has the form of a lock; its words may still be anybody's."""
-    training = found.get("training", {})
+    training, variants = found.get("training", {}), found.get("variants", {})
     if not isinstance(training, dict) or not all(isinstance(found.get(part), dict) for part in parts):
+        return False
+    if not isinstance(variants, dict):
+        return False
+    if not all(isinstance(made, dict) and isinstance(made.get("outputs", {}), dict) for made in variants.values()):
         return False
     stages = training.get("stages", {})
     files = [part.get("files", {}) for part in (found["base"], training.get("teacher")) if isinstance(part, dict)]
@@ -173,13 +185,14 @@ def _changed_texts(manifest: Manifest, recorded: _Lock) -> list[str]:
     ]
 
 
-def _compare(done: Conversion, recorded: _Lock) -> None:
-    made, wanted = done.lock["outputs"], recorded.outputs
+def _compare(done: Conversion, wanted: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Hold the hashes of what was made against those `wanted`; `recorded` are the versions that made these."""
+    made = done.lock["outputs"]
     names = sorted((made.keys() | wanted.keys()) - RECORDS)
     differing = [name for name in names if made.get(name) != wanted.get(name)]
     if differing:
         now = versions()
-        moved = [f"{k} {recorded.versions.get(k)} -> {v}" for k, v in now.items() if recorded.versions.get(k) != v]
+        moved = [f"{k} {recorded.get(k)} -> {v}" for k, v in now.items() if recorded.get(k) != v]
         raise VerificationFailure(
             f"{len(differing)} files differ from the lock: {', '.join(differing[:6])}",
             cause=f"changed since: {'; '.join(moved)}" if moved else "versions are the same; the processor may differ",

@@ -43,7 +43,7 @@ def _command(
     """Convert BASE into the folder OUT.
 
     BASE is a checkpoint folder, id@revision of the Hub, or builtin:NAME; it may be left out where the manifest names
-    one. OUT appears complete and verified, or not at all.
+    one. Each variant of the manifest becomes OUT-NAME. All appear complete and verified, or none does.
     """
     if len(places) > 2:
         raise click.UsageError(f"there are {len(places)} places, and a conversion has two: BASE and OUT")

@@ -41,7 +41,7 @@ def _command(
     if choice.file is None and not choice.operations:
         choice = replace(choice, operations=("heal",))
     manifest = choice.load(verify=not no_verify)
-    manifest = replace(manifest, steps=tuple(step for step in manifest.steps if step.trains))
+    manifest = replace(manifest, steps=tuple(step for step in manifest.steps if step.trains), variants={})
     if not manifest.steps:
         raise UsageError(
             "the manifest trains nothing", cause="it has no operation that trains",

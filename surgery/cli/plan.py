@@ -73,6 +73,9 @@ def show_plan(output: Output, plan: Plan) -> int:
 
 def _human(plan: Plan, *, verbose: bool) -> Human:
     yield Table([*_work(plan), *_sizes(plan), *_account(plan)])
+    if plan.variants:
+        yield ""
+        yield Table(list(_variants(plan)), ("variant", "then", "write", "code", "KV cache"))
     if verbose:
         yield ""
         yield Table([(e.name, e.fate, e.why) for e in plan.ledger], ("tensor", "fate", "why"))
@@ -87,6 +90,16 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
     for number, stage in enumerate(plan.stages, 1):
         yield f"stage {number}", f"{stage.kind}: {stage.title}"
     yield "code", ", ".join(plan.code) or "native: no code"
+
+
+def _variants(plan: Plan) -> Iterator[tuple[str, ...]]:
+    for name, variant in plan.variants.items():
+        own = variant.operations[len(plan.operations) :]
+        about = " (estimated)" if variant.estimated else ""
+        yield (
+            name, ", ".join(operation for entry in own for operation in entry),
+            human_size(variant.bytes_written) + about, ", ".join(variant.code) or "native: no code", _cache(variant),
+        )  # fmt: skip
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -31,16 +31,9 @@ def run_conversion(output: Output, run: Callable[[Report], Conversion]) -> int:
 
 
 def show_conversion(output: Output, done: Conversion) -> int:
-    """Print what a conversion did; quiet is the path of OUT."""
-    data = {
-        "out": str(done.out),
-        "plan": done.plan.to_json(),
-        "verification": _verification_json(done.verification) if done.verification else None,
-        "seconds": done.seconds,
-        "resumed_files": done.resumed_files,
-        **({"explanations": {name: e.data for name, e in done.explanations.items()}} if done.explanations else {}),
-    }
-    return output.result(data, _conversion(done), str(done.out))
+    """Print what a conversion did; quiet is the path of OUT, then those of variants."""
+    paths = [done.out, *(variant.out for variant in done.variants.values())]
+    return output.result(_conversion_json(done), _conversion(done), "\n".join(map(str, paths)))
 
 
 def show_verification(output: Output, folder: str, found: Verification) -> int:
@@ -56,10 +49,24 @@ def show_verification(output: Output, folder: str, found: Verification) -> int:
 
 
 def _conversion(done: Conversion) -> Human:
-    plan = done.plan
-    yield f"wrote {done.out}: {human_size(plan.bytes_written)} in {done.seconds:.1f} s"
+    yield from _one(done)
     if done.resumed_files:
         yield f"{done.resumed_files} files were finished by an earlier run"
+    for variant in done.variants.values():
+        yield ""
+        yield from _one(variant)
+    if done.comparison:
+        from surgery.emission.figures import HEADERS, compared_cells
+
+        outs = [done.out.name, *(variant.out.name for variant in done.variants.values())]
+        rows = [(out, *compared_cells(of)) for out, of in zip(outs, done.comparison, strict=True)]
+        yield ""
+        yield Table(rows, ("", *HEADERS))
+
+
+def _one(done: Conversion) -> Human:
+    plan = done.plan
+    yield f"wrote {done.out}: {human_size(plan.bytes_written)} in {done.seconds:.1f} s"
     for note in plan.notes:
         yield f"note: {note}"
     for name, explanation in done.explanations.items():
@@ -84,6 +91,20 @@ def _verification(folder: str, found: Verification) -> Human:
 def _measured(found: Verification) -> Human:
     if found.measurements:
         yield Table([(name, f"{value:,.6g}") for name, value in found.measurements.items()])
+
+
+def _conversion_json(done: Conversion) -> dict[str, Any]:
+    variants = {name: _conversion_json(variant) for name, variant in done.variants.items()}
+    compared = [asdict(each) for each in done.comparison]
+    return {
+        "out": str(done.out),
+        "plan": done.plan.to_json(),
+        "verification": _verification_json(done.verification) if done.verification else None,
+        "seconds": done.seconds,
+        "resumed_files": done.resumed_files,
+        **({"explanations": {name: e.data for name, e in done.explanations.items()}} if done.explanations else {}),
+        **({"variants": variants, "comparison": compared} if variants else {}),
+    }
 
 
 def _verification_json(found: Verification) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import yaml
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.checkpoint import result_code, result_config
-from surgery.emission.figures import figures
+from surgery.emission.figures import figures, variants_text
 from surgery.emission.licence import base_licence
 from surgery.emission.lock import LOCK, portable_source
 from surgery.emission.markdown import code, fenced, table, text, value
@@ -28,6 +28,7 @@ from surgery.planning import Draft, Plan
 from surgery.version import __version__
 
 if TYPE_CHECKING:
+    from surgery.emission.figures import Compared
     from surgery.manifest import Manifest
     from surgery.operations.base import Step
     from surgery.verification import Verification
@@ -44,21 +45,27 @@ def card_bytes(
     manifest: Manifest,
     outputs: Mapping[str, Finished],
     verification: Verification | None,
+    compared: Sequence[Compared] = (),
+    name: str = "",
 ) -> bytes:
-    """The card of the checkpoint whose files are `outputs`; the card itself and the lock come after it."""
+    """The card of the checkpoint whose files are `outputs`; the card itself and the lock come after it.
+
+    `compared` has the figures of all results that were made together, among which this one is called `name`.
+    """
     licence = base_licence(base)
     sections = {
         "What was done": operations_text(plan, draft, manifest.steps),
         "Figures": figures(base, draft, manifest, outputs, verification),
-        "Loading": loading(draft, outputs),
-        "Checked": checked(base, verification),
+        **({"Variants": variants_text(compared, name)} if compared else {}),
+        "Loading": loading(draft, outputs, manifest.steps),
+        "Checked": checked(base, manifest.steps, verification),
         "Limits": limits(draft, manifest.steps, custom=bool(_code_files(outputs))),
         "Files": files_text(base, plan, outputs),
         "Making it again": reproducing(manifest),
         "Licence": licence_text(base, licence),
     }
     parts = [front_matter(base, manifest.steps, licence), title(base, manifest.steps)]
-    parts += [f"## {name}\n\n{content}" for name, content in sections.items()]
+    parts += [f"## {heading}\n\n{content}" for heading, content in sections.items()]
     return ("\n\n".join(part.strip("\n") for part in parts) + "\n").encode()
 
 
@@ -67,10 +74,16 @@ def front_matter(base: Checkpoint, steps: Sequence[Step], licence: str | None) -
     data: dict[str, Any] = {"license": licence} if licence else {}
     if hub_id(base):
         # The Hub knows finetune, quantized, adapter and merge; a model with changed weights is the first of these.
-        data |= {"base_model": hub_id(base), "base_model_relation": "finetune"}
+        relation = "quantized" if quantizes(steps) else "finetune"
+        data |= {"base_model": hub_id(base), "base_model_relation": relation}
     tags = dict.fromkeys(["surgery", *(step.operation.name for step in steps)])
     data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, default_flow_style=None)}---"
+
+
+def quantizes(steps: Sequence[Step]) -> bool:
+    """Whether a step packs weights."""
+    return any(step.operation.quantizes for step in steps)
 
 
 def hub_id(base: Checkpoint) -> str | None:
@@ -106,8 +119,8 @@ def _operation(step: Step) -> Iterator[str]:
     yield ""
 
 
-def loading(draft: Draft, outputs: Mapping[str, Finished]) -> str:
-    """How to load the published model, pinned to a commit, and what code that runs."""
+def loading(draft: Draft, outputs: Mapping[str, Finished], steps: Sequence[Step]) -> str:
+    """How to load the published model, pinned to a commit, what that needs, and what code it runs."""
     files = _code_files(outputs)
     pinned = f'"OWNER/NAME", revision="<40-hex commit>"{", trust_remote_code=True" if files else ""}'
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
@@ -115,7 +128,17 @@ def loading(draft: Draft, outputs: Mapping[str, Finished]) -> str:
     if any(name in outputs for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({pinned})")
     after = "`OWNER/NAME` and the commit are those of the repository you read this in; of a folder give only the path."
-    return f"{fenced(chr(10).join(lines), 'python')}\n\n{after}\n{code_table(draft, outputs)}"
+    return f"{_installing(steps)}{fenced(chr(10).join(lines), 'python')}\n\n{after}\n{code_table(draft, outputs)}"
+
+
+def _installing(steps: Sequence[Step]) -> str:
+    """What loading needs beside torch and transformers; empty where that is nothing."""
+    wanted = {name: None for step in steps for name in step.operation.packages(step.settings).values()}
+    if not wanted:
+        return ""
+    command = " ".join(f'"{name}"' for name in wanted)
+    how = "transformers reads these weights with a package beside it:"
+    return f"{how}\n\n{fenced(f'pip install {command}', 'bash')}\n\n"
 
 
 def code_table(draft: Draft, outputs: Mapping[str, Finished]) -> str:
@@ -138,9 +161,10 @@ def _purpose(source: bytes | None) -> str:
     return text((ast.get_docstring(ast.parse(source)) or "").partition("\n")[0])
 
 
-def checked(base: Checkpoint, verification: Verification | None) -> str:
+def checked(base: Checkpoint, steps: Sequence[Step], verification: Verification | None) -> str:
     """What the verification found, with which versions, and which others the family is tested on."""
-    tested = tested_versions(str(base.config.get("model_type")))
+    # The matrix is of results with plain weights.
+    tested = [] if quantizes(steps) else tested_versions(str(base.config.get("model_type")))
     matrix = f"This kind of result is tested with transformers {', '.join(tested)}." if tested else ""
     if verification is None:
         return f"This checkpoint was not verified: its manifest says so. {matrix}".strip()
@@ -168,7 +192,10 @@ def limits(draft: Draft, steps: Sequence[Step], *, custom: bool) -> str:
         "Perplexity on one text tells little of long contexts, instructions, code or other languages: test your use.",
         *dict.fromkeys(text(line) for step in steps for line in step.operation.limits),
     )
-    stock = (f"Other runtimes may load it where they take the sizes of {kind} from config.json; none was tried.",)
+    packed = " and read its `quantization_config`" if quantizes(steps) else ""
+    stock = (
+        f"Other runtimes may load it where they take the sizes of {kind} from config.json{packed}; none was tried.",
+    )
     own: tuple[str, ...] = (
         f"llama.cpp, MLX and ONNX exporters choose by `model_type` and do not know {kind}: not supported.",
         "vLLM and SGLang may run it by their transformers backend. Not tried; no smaller cache is promised there.",

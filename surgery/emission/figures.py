@@ -2,19 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
+from surgery.emission.checkpoint import result_code
 from surgery.emission.markdown import code, table
 from surgery.metrics.cache import cache_bytes_per_token
-from surgery.planning import Draft, active_count, open_draft, storage_dtype
+from surgery.planning import Draft, count_parameters, open_draft, storage_dtype
 
 if TYPE_CHECKING:
     from surgery.manifest import Manifest
+    from surgery.operations.base import Step
     from surgery.verification import Verification
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of several results: its weight files, what it costs in quality over the base, and whether it needs code.
+
+    `name` is empty for the main result; what was not measured is None. `operations` are all that made it.
+    """
+
+    name: str
+    operations: tuple[str, ...]
+    weight_bytes: int
+    bytes_ratio: float | None
+    perplexity_ratio: float | None
+    kl: float | None
+    agreement: float | None
+    code: tuple[str, ...]
+
+
+HEADERS = (
+    "operations", "weight bytes", "of the base", "perplexity ratio", "KL(base, this)", "same first choice", "code",
+)  # fmt: skip
+
+
+def compared(
+    name: str,
+    base: Checkpoint,
+    steps: Sequence[Step],
+    draft: Draft,
+    outputs: Mapping[str, Finished],
+    verification: Verification | None,
+) -> Compared:
+    """The figures of one result among several."""
+    found = verification.measurements if verification is not None else {}
+    before, after = file_bytes(base), weight_bytes(outputs)
+    perplexity = found.get("perplexity"), found.get("base_perplexity")
+    return Compared(
+        name=name,
+        operations=tuple(step.operation.name for step in steps),
+        weight_bytes=after,
+        bytes_ratio=after / before if before else None,
+        perplexity_ratio=perplexity[0] / perplexity[1] if perplexity[0] is not None and perplexity[1] else None,
+        kl=found.get("kl"),
+        agreement=found.get("agreement"),
+        code=tuple(result_code(draft)),
+    )
+
+
+def compared_cells(of: Compared) -> tuple[str, ...]:
+    """The figures under HEADERS, in words."""
+    return (
+        ", ".join(of.operations) or "a copy",
+        f"{of.weight_bytes:,}",
+        _shown(of.bytes_ratio, ".1%"),
+        _shown(of.perplexity_ratio, ".4f"),
+        _shown(of.kl, ".5f"),
+        _shown(of.agreement, ".1%"),
+        "yes" if of.code else "native",
+    )
+
+
+def _shown(figure: float | None, form: str) -> str:
+    return "not measured" if figure is None else f"{figure:{form}}"
+
+
+def variants_text(compared_with: Sequence[Compared], name: str) -> str:
+    """The table of all results that were made together, in the card of the one called `name`."""
+    rows = [
+        (code(of.name) if of.name else "main result", "this" if of.name == name else "", *compared_cells(of))
+        for of in compared_with
+    ]
+    how = "One manifest made all of these, from the same stages; perplexity and KL are held against the base."
+    return "\n".join([how, "", *table(("", "", *HEADERS), rows)])
+
+
+def file_bytes(base: Checkpoint) -> int:
+    """Bytes of the weight files of a base."""
+    return sum(header.file_bytes for header in base.shards.values())
+
+
+def weight_bytes(outputs: Mapping[str, Finished]) -> int:
+    """Bytes of the weight files of a result."""
+    return sum(file.bytes for name, file in outputs.items() if name.endswith(".safetensors"))
 
 
 def figures(
@@ -38,12 +123,11 @@ def bytes_rows(base: Checkpoint, draft: Draft, outputs: Mapping[str, Finished]) 
     family = draft.architecture
     text_config = base.config[family.text_config] if family and family.text_config else base.config
     dtypes = storage_dtype(base), str(draft.config.get("torch_dtype") or draft.config.get("dtype") or "float32")
-    weights = sum(file.bytes for name, file in outputs.items() if name.endswith(".safetensors"))
-    yield "parameters", *_compared(base.parameter_count, sum(prod(of.spec.shape) for of in draft.tensors.values()), ",")
-    before, after = active_count(open_draft(base)), active_count(draft)
-    if before is not None and after is not None:
-        yield "parameters that a token goes through", *_compared(before, after, ",")
-    yield "bytes of weight files", *_compared(sum(header.file_bytes for header in base.shards.values()), weights, ",")
+    before, after = count_parameters(open_draft(base)), count_parameters(draft)
+    yield "parameters", *_compared(base.parameter_count, after.all, ",")
+    if before.active is not None and after.active is not None:
+        yield "parameters that a token goes through", *_compared(before.active, after.active, ",")
+    yield "bytes of weight files", *_compared(file_bytes(base), weight_bytes(outputs), ",")
     cached = cache_bytes_per_token(text_config, dtypes[0]), cache_bytes_per_token(draft.config, dtypes[1])
     if None not in cached:
         yield f"cache bytes per token, {' → '.join(dict.fromkeys(dtypes))}", *_compared(*cached, ",")

@@ -5,6 +5,7 @@ Two files are mended where they would not load or could not be saved again; ever
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import CARRIED_FOLDER, Checkpoint, inner_path, read_json
-from surgery.checkpoint.writer import copy_file, environment_errors, write_file
+from surgery.checkpoint.writer import copy_file, environment_errors, hash_file, write_file
 from surgery.emission.config import down_level_tokenizer
 from surgery.errors import CorruptCheckpoint
 
@@ -56,9 +57,20 @@ def carry(checkpoint: Checkpoint, folder: Path, *, already: Collection[str] = ()
             with environment_errors(target):
                 target.parent.mkdir(exist_ok=True)
         source = inner_path(checkpoint.folder, name)
-        finished = write_file(target, changed[name]) if name in changed else copy_file(source, target)
+        finished = _there(target, changed.get(name, source))
+        if finished is None:
+            finished = write_file(target, changed[name]) if name in changed else copy_file(source, target)
         written.append(replace(finished, file=name))
     return written
+
+
+def _there(target: Path, wanted: bytes | Path) -> Finished | None:
+    """A file that an interrupted run wrote. It is left alone, for what was measured on it goes by its time."""
+    if not target.is_file() or target.is_symlink():
+        return None
+    found = hash_file(target)
+    sha256 = hash_file(wanted).sha256 if isinstance(wanted, Path) else hashlib.sha256(wanted).hexdigest()
+    return found if found.sha256 == sha256 else None
 
 
 def _tokenizer(config: dict[str, Any]) -> Repair | None:

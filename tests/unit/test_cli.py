@@ -22,6 +22,7 @@ from surgery.cli.group import COMMANDS, LazyGroup
 from surgery.cli.group import surgery as group
 from surgery.cli.options import Command
 from surgery.cli.output import Output, _stage_lines
+from surgery.conversion import Conversion
 from surgery.errors import DiskFull
 from surgery.manifest import Manifest
 from surgery.progress import Progress
@@ -239,7 +240,7 @@ def test_convert_hands_every_option_on(
         seen.update(options, base=base, out=out, manifest=manifest)
         checks = (Check("load", "pass"),)
         found = Verification(checks, {"ratio": float("nan")}, {})
-        return SimpleNamespace(out=out, plan=plan, verification=found, seconds=1.0, resumed_files=0, explanations={})
+        return Conversion(out, plan, {}, found, 1.0, 0)
 
     _converting(monkeypatch, convert)
     options = (

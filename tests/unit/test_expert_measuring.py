@@ -206,9 +206,9 @@ def test_the_correction_is_on_where_it_helps(operation, figures, on, monkeypatch
     facts = {"mass_factors": {"0": 0.5, "1": 0.75}, "mass_gain": dict(zip(("without", "with"), figures, strict=True))}
     sums = {"sums": torch.ones(2, 3, 3, 4, dtype=torch.double), "peaks": torch.ones(2, 4, dtype=torch.double)}
     changed = {"keep": 2} if operation == "expert_prune" else {"top_k": 1}
-    monkeypatch.setattr("surgery.conversion._measure", lambda *_: Statistics(sums, {}))  # equals: 0 and 1 stay
+    monkeypatch.setattr("surgery.stages.measure", lambda *_: Statistics(sums, {}))  # equals: 0 and 1 stay
     surgery.convert(str(base), tmp_path / "plain", manifest({operation: changed}))
-    monkeypatch.setattr("surgery.conversion._measure", lambda *_: Statistics(sums, facts))
+    monkeypatch.setattr("surgery.stages.measure", lambda *_: Statistics(sums, facts))
     done = surgery.convert(str(base), tmp_path / "out", manifest({operation: changed | {"mass_correction": True}}))
     found, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
     told = "divergence on held-out windows {:.4f} without and {:.4f} with it".format(*figures)

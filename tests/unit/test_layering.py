@@ -19,13 +19,14 @@ LAYERS = [
         f"surgery.{name}"
         for name in ("errors", "version", "suggestions", "progress", "sizes", "document", "settings_table")
     ],
-    ["surgery.checkpoint", "surgery.architectures", "surgery.metrics", "surgery.builtin"],
+    ["surgery.checkpoint", "surgery.architectures", "surgery.metrics", "surgery.builtin", "surgery.quantization"],
     ["surgery.emission.code", "surgery.emission.config", "surgery.emission.lint", "surgery.emission.markdown"],
     ["surgery.planning"],
     ["surgery.operations", "surgery.calibration", "surgery.emission", "surgery.training"],
     ["surgery.validation", "surgery.overrides", "surgery.manifest", "surgery.calibration.stage"],
     ["surgery.verification", "surgery.inspection"],
-    ["surgery.preconditions", "surgery.conversion", "surgery.reproduction", "surgery.api"],
+    ["surgery.preconditions", "surgery.stages", "surgery.completion", "surgery.placing"],
+    ["surgery.conversion", "surgery.reproduction", "surgery.api"],
     ["surgery", "surgery.cli", "surgery.__main__"],
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
