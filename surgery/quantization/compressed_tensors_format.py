@@ -119,7 +119,7 @@ def _scheme(grid: Grid, activations: bool, targets: list[str]) -> dict[str, Any]
 def patterns(modules: Iterable[str]) -> list[str]:
     """Few regular expressions that name these modules: numbers of layers are listed, those of experts joined.
 
-    They begin at any depth, as a model without its head has shorter names, and never say "experts": transformers 5
+    A leading `model.` may be absent, as it is in a model without its head. They never say "experts": transformers 5
     takes a scheme whose target does for that of all experts, shared ones as well.
     """
     layers: dict[tuple[str, str], dict[str, None]] = {}
@@ -132,16 +132,17 @@ def patterns(modules: Iterable[str]) -> list[str]:
 def _pattern(before: str, numbers: Iterable[str], after: str) -> str:
     ending = re.escape(after).replace("\0", r"\d+").replace("experts", "expert.")
     listed = f"({'|'.join(numbers)})" if after else ""
-    return rf"re:(.*\.)?{re.escape(before)}{listed}{ending}$"
+    return rf"re:(model\.)?{re.escape(before.removeprefix('model.'))}{listed}{ending}$"
 
 
 def _parts(module: str) -> tuple[str, str, str]:
-    """The last word before the first number, that number and the rest: `layers.`, `3`, `.mlp.up_proj`."""
-    found = re.match(r"(?:.*?\.)?([^.]+\.)(\d+)(\..*)", module)
+    """What stands before the first number, that number and the rest: `model.layers.`, `3`, `.mlp.up_proj`."""
+    found = re.match(r"(.*?\.)(\d+)(\..*)", module)
     return (found[1], found[2], found[3]) if found else (module, "", "")
 
 
 COMPRESSED_TENSORS = Format(
+    name="compressed-tensors",
     scale_dtype=lambda dtype: dtype,
     specs=_specs,
     pack=_pack,

@@ -7,6 +7,8 @@ their weights, rounded to the nearest; the paper sets them to zero, which change
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,12 +33,14 @@ def gptq(
     matrix, moments = weight.float().clone(), hessian.float().clone()
     inputs = matrix.shape[1]
     diagonal = moments.diagonal()
-    diagonal[diagonal == 0] = 1.0
+    seen = diagonal[diagonal != 0]
+    mean = seen.mean() if len(seen) else diagonal.new_ones(())
+    diagonal[diagonal == 0] = mean  # of what calibration saw, so that their number changes nothing
     group = inputs // scale.shape[1]
     column_scale = scale.float().repeat_interleave(group, dim=1)
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(inputs)
     matrix, moments, column_scale = matrix[:, order], moments[order][:, order], column_scale[:, order]
-    factor = _inverse_factor(moments, damping)
+    factor = _inverse_factor(moments, damping, mean)
     if factor is None:
         return None
     codes = torch.empty_like(matrix)
@@ -55,27 +59,28 @@ def gptq(
     return Rounded(placed, scale)
 
 
-def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
-    """The upper Cholesky factor of the inverse of damped moments."""
-    mean = moments.diagonal().mean()
-    while damping <= HARDEST_DAMPING:
-        damped = moments + damping * mean * torch.eye(len(moments), device=moments.device)
+def _inverse_factor(moments: Tensor, damping: float, mean: Tensor) -> Tensor | None:
+    """The upper Cholesky factor of the inverse of moments with `damping` times `mean` on their diagonal."""
+    tries = [damping * 10**power for power in range(10) if damping * 10**power < HARDEST_DAMPING]
+    for share in (*tries, HARDEST_DAMPING):
+        damped = moments + share * mean * torch.eye(len(moments), device=moments.device)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(upper).all():
                 return upper
-        damping *= 10
     return None
 
 
 def relative_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:
-    """|(W - Q) X| / |W X| for inputs with these second moments [in, in], or their diagonal [in]."""
+    """|(W - Q) X| / |W X| for inputs with these second moments [in, in], or their diagonal [in]; inf where none is."""
 
     def energy(matrix: Tensor) -> float:
         seen = matrix * moments if moments.dim() == 1 else matrix @ moments
         return float((seen * matrix).sum(dtype=torch.float64))
 
-    whole = energy(weight.float())
-    return (max(energy(weight.float() - rounded.float()), 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+    whole, missed = energy(weight.float()), energy(weight.float() - rounded.float())
+    if not math.isfinite(whole + missed):
+        return math.inf
+    return (max(missed, 0.0) / whole) ** 0.5 if whole > 0 else 0.0

@@ -91,6 +91,7 @@ def inside_block(module: str) -> str:
 
 
 GPTQ = Format(
+    name="gptq",
     scale_dtype=lambda _: "F16",
     specs=_specs,
     pack=_pack,

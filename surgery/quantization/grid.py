@@ -13,6 +13,8 @@ from torch import Tensor
 
 from surgery.quantization.schemes import FLOAT8_MAX, Grid
 
+# The least number of float16, which small weights in eight bits come near to.
+HALF_LEAST = 2.0**-24
 # Shares of the largest magnitude that a search for scales tries; 1 cuts nothing off.
 SHRINKS = tuple(1 - step / 20 for step in range(11))
 
@@ -79,5 +81,6 @@ def _codes(scaled: Tensor, grid: Grid) -> Tensor:
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A scale as it will be stored: never zero or infinite, whatever the type."""
-    limits = torch.finfo(dtype)
-    return torch.where(scale > 0, scale.clamp(limits.tiny, limits.max), 1.0).to(dtype)
+    least = HALF_LEAST if dtype == torch.float16 else torch.finfo(torch.float32).tiny
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return torch.where(scale > 0, scale.clamp(least, most), 1.0).to(dtype)

@@ -28,6 +28,7 @@ class Layout:
 class Format:
     """A file format.
 
+    name         as manifests spell it
     scale_dtype  safetensors name of the type of scales, for a weight of a type
     specs        the tensors that stand for the weight of a module, by their full names
     pack         the same tensors for some rows, by the ending of their names
@@ -36,6 +37,7 @@ class Format:
     packages     what loading needs beside transformers
     """
 
+    name: str
     scale_dtype: Callable[[str], str]
     specs: Callable[[str, TensorSpec, Grid, bool], dict[str, TensorSpec]]
     pack: Callable[[Rounded, Grid, bool], dict[str, Tensor]]

@@ -110,7 +110,6 @@ def test_contradictions_are_refused(given, said):
     assert error.exit_code == 2
 
 
-@pytest.mark.xfail(reason="it says that bits: 8 is wanted where bits: 8 is given, and bytes_per_weight is what is in its way")
 @pytest.mark.parametrize("given", [{"type": "float"}, {"activations": "dynamic"}], ids=str)
 def test_what_is_in_the_way_of_eight_bits_is_named(given):
     assert "bytes_per_weight" in refusal(given | {"bits": 8, "bytes_per_weight": 1.0}).problem

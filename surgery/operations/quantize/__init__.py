@@ -14,7 +14,7 @@ from surgery.architectures import Model
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.checkpoint.expressions import Computed, Tensors, TensorSpec
 from surgery.operations.base import Measuring, Operation, Statistics
-from surgery.operations.quantize.budget import best_uniform
+from surgery.operations.quantize.budget import CHOICES, best_uniform, budget_bytes, choice_bytes
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import (
     Linear,
@@ -29,7 +29,7 @@ from surgery.quantization.gptq_format import GPTQ
 from surgery.quantization.layout import Format
 from surgery.quantization.schemes import Grid
 
-FORMATS: Mapping[str, Format] = {"compressed-tensors": COMPRESSED_TENSORS, "gptq": GPTQ}
+FORMATS: Mapping[str, Format] = {form.name: form for form in (COMPRESSED_TENSORS, GPTQ)}
 # Numbers of a matrix that are rounded and packed at once.
 PIECE = 1 << 21
 # What rounding and packing a number takes meanwhile.
@@ -59,7 +59,11 @@ def refuses(model: Model, settings: QuantizeSettings) -> str | None:
     left = [linear.module for linear in targets.linears if linear.expert and grids[linear.module] is None]
     left += [module for module in targets.dense if ".experts." in module]
     if left:
-        return f"{left[0]} would stay as it is, and transformers 5 loads experts packed alike or none; change ignore"
+        return f"{left[0]} would stay as it is, and transformers 5 loads experts beside packed weights only if packed"
+    least = choice_bytes(targets.linears, CHOICES[0], settings)
+    if settings.bytes_per_weight is not None and least > budget_bytes(targets, settings):
+        least_each = least / sum(linear.outputs * linear.inputs for linear in targets.linears)
+        return f"even int4 with groups of 128 takes {least_each:.3f} bytes per weight of it; raise bytes_per_weight"
     if not any(grid is not None for grid in grids.values()):
         return "no matrix of it fits this format and group_size: see which sizes they must divide in docs/quantize.md"
     return None

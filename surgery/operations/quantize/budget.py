@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import Linear, Targets, grids_for, uniform_grids
@@ -12,9 +12,9 @@ from surgery.quantization.schemes import Grid
 CHOICES: tuple[Grid | None, ...] = (Grid(4, 128), Grid(4, 32), Grid(8, None), None)
 
 
-def choice_bytes(linears: Iterable[Linear], choice: Grid | None, settings: QuantizeSettings) -> int:
+def choice_bytes(linears: Sequence[Linear], choice: Grid | None, settings: QuantizeSettings) -> int:
     """What codes and scales of some matrices take with a choice, or their numbers as they are."""
-    linears, total = list(linears), 0
+    total = 0
     grids = grids_for(linears, choice, settings)
     for linear in linears:
         grid = grids[linear.module]
@@ -52,10 +52,24 @@ def best_uniform(targets: Targets, settings: QuantizeSettings) -> dict[str, Grid
 
 
 def allocate_by_gain(costs: Sequence[Mapping[int, float]], budget: int) -> list[int]:
-    """Sizes of small summed cost within a budget: along each item's lower convex hull, the best gain per byte first.
+    """Sizes of small summed cost within a budget.
 
-    costs[i] gives the cost of item i at each size on offer. The smallest sizes are taken where the budget has no more.
+    costs[i] gives the cost of item i at each size on offer. The largest item is tried at each of its sizes, as no order
+    of gains tells whether it or many small ones should have the bytes; the others take the best gain per byte first.
+    The smallest sizes are taken where the budget has no more.
     """
+    largest = max(range(len(costs)), key=lambda item: max(costs[item]))
+    found = []
+    for size in costs[largest]:
+        fixed = [{size: cost[size]} if item == largest else cost for item, cost in enumerate(costs)]
+        sizes = _by_gain(fixed, budget)
+        if sum(sizes) <= budget or size == min(costs[largest]):
+            cost_of_all = sum(of[taken] for of, taken in zip(costs, sizes, strict=True))
+            found.append((cost_of_all, -sum(sizes), sizes))  # of equal costs the one that leaves nothing unused
+    return min(found)[2]
+
+
+def _by_gain(costs: Sequence[Mapping[int, float]], budget: int) -> list[int]:
     sizes = [min(item) for item in costs]
     left = budget - sum(sizes)
     while True:

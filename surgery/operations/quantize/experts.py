@@ -123,8 +123,8 @@ class Traffic:
 
     def spread(self, count: int) -> Tensor:
         """At most `count` rows, evenly spread."""
-        step = max(len(self.hidden) // count, 1)
-        return self.hidden[::step][:count]
+        at = torch.linspace(0, len(self.hidden) - 1, min(count, len(self.hidden))).round().long()
+        return self.hidden[at]
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def round_experts(
     """
 
     def moments(rows: Tensor) -> Moments:
-        made = Moments.empty(rows.shape[1], device, full=full)
+        made = Moments.empty(rows.shape[1], device, full=full and len(rows) >= rows.shape[1])
         for part in rows.split(8192):
             made.see(part)
         return made
@@ -168,9 +168,10 @@ def round_experts(
     for expert, (gate, up, down) in enumerate(found.names):
         weights = found.weights(expert)
         rows, reason = seen.of(expert), ""
-        if len(rows) < ENOUGH * gate.inputs:
+        widest = max(gate.inputs, down.inputs)
+        if len(rows) < ENOUGH * widest:
             reason = f"{len(rows)} tokens chose it: rounded for all tokens of the layer"
-            rows = seen.spread(SHARED * max(gate.inputs, down.inputs))
+            rows = seen.spread(SHARED * widest)
         rows = rows.to(device)
         inputs = moments(rows)
         for linear, weight in ((gate, weights[0]), (up, weights[1])):

@@ -57,7 +57,7 @@ def round_matrix(
         )  # fmt: skip
         fallback = "" if rounded is not None else "its inputs have no invertible moments"
     elif settings.method == "gptq":
-        fallback = "calibration never reached it"
+        fallback = "too few tokens reach it: rounded to the nearest"
     if rounded is None:
         rounded = Rounded(encode(weight, scale, grid), scale)
     error = relative_error(weight, rounded.decoded(), moments.known) if seen else 0.0

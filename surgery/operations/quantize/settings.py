@@ -96,6 +96,8 @@ class QuantizeSettings(Settings):
         plain = self.bytes_per_weight is None and self.activations == "none" and self.type == "int"
         channel = self.group_size in (None, "channel")
         return [
+            (self.bytes_per_weight is not None and (self.type == "float" or self.activations == "dynamic"),
+             "can have bytes_per_weight only with type: int and without activations"),
             (self.type == "float" and not eight, "can have type: float only with bits: 8"),
             (self.type == "float" and self.method == "gptq", "can have type: float only with method: rtn"),
             (self.type == "float" and not channel, "can have type: float only with group_size: channel"),

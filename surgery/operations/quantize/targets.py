@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.architectures import Model
@@ -122,7 +122,7 @@ def fitting(grid: Grid, linear: Linear, settings: QuantizeSettings) -> Grid | No
     return grid if divides else Grid(grid.bits, None, grid.kind)
 
 
-def grids_for(linears: Iterable[Linear], grid: Grid | None, settings: QuantizeSettings) -> dict[str, Grid | None]:
+def grids_for(linears: Sequence[Linear], grid: Grid | None, settings: QuantizeSettings) -> dict[str, Grid | None]:
     """A grid for some matrices, as far as it fits, by module; experts get one that fits all of these."""
     found = {linear.module: None if grid is None else fitting(grid, linear, settings) for linear in linears}
     experts = {linear.module for linear in linears if linear.expert}

@@ -225,8 +225,10 @@ def _call_order(
     def hook_of(linear: Linear) -> Callable[..., None]:
         def hook(_module: nn.Module, positional: tuple[Tensor, ...]) -> None:
             entering = positional[0]
+            if any(linear in group for group in groups):
+                return
             for known, group in zip(inputs, groups, strict=True):
-                if known.data_ptr() == entering.data_ptr() and known.shape[-1] == entering.shape[-1]:
+                if known.numel() and known.data_ptr() == entering.data_ptr() and known.shape[-1] == entering.shape[-1]:
                     group.append(linear)
                     return
             inputs.append(entering)  # held, so that no other input takes its place in memory
@@ -285,8 +287,12 @@ def _settle_unit(
 
     made = all_of(recipe.grids)
     worst = max((of.error for of in made.values()), default=0.0)
-    can_raise = settings.format == "compressed-tensors" and all(
-        grid is not None and grid.bits < RAISED.bits for linear in unit for grid in [recipe.grids[linear.module]]
+    # Not experts, which must be alike in all layers, and not against a budget or a format with one grid for all.
+    alone = settings.format == "compressed-tensors" and settings.bytes_per_weight is None
+    can_raise = alone and all(
+        not linear.expert and grid is not None and grid.bits < RAISED.bits
+        for linear in unit
+        for grid in [recipe.grids[linear.module]]
     )
     if worst > settings.raise_above and can_raise:
         raised = {linear.module: fitting(RAISED, linear, settings) for linear in unit}
