@@ -164,7 +164,9 @@ def _verify(run: Run, plan: Plan) -> Verification | None:
             text = Path(work) / "heldout.txt"
             text.write_text(evaluation_text(wanted.text), encoding="utf-8")
         small = run.base.parameter_count * 4 <= FLOAT32_LIMIT
-        trial = Trial(text=text, device=run.device, dtype="float32" if small else "auto")
+        trial = Trial(
+            text=text, device=run.device, dtype="float32" if small else "auto", quantized_cache=wanted.quantized_cache
+        )  # fmt: skip
         # What was trained is held against what it was to resemble; without a teacher of its own that is the base.
         found = verify(
             run.checkpoint, against=run.teacher.folder, trust_base_code=run.teacher.remote_code,

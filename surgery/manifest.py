@@ -218,6 +218,9 @@ class Output(_Section):
         return None if self.shard_size == "keep" else parse_size(self.shard_size)
 
 
+QuantizedCache: TypeAlias = Literal["fp8", "hqq-8", "hqq-4", "hqq-2", "quanto-4", "quanto-2"]
+
+
 class Verify(_Section):
     """What the result must hold beside what every operation promises."""
 
@@ -226,6 +229,11 @@ class Verify(_Section):
     )
     max_perplexity_ratio: float | None = Field(
         default=None, gt=0, lt=1e6, description="the result's perplexity over the base's may be at most this"
+    )
+    quantized_cache: list[QuantizedCache] = Field(
+        default=[],
+        description="kinds of transformers' quantized KV cache whose cost is measured; a card recommends one only "
+        "where it costs at most 0.01 nats per token",
     )
 
     @model_validator(mode="after")

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # What is held against the evaluation text at most: some 40 million words, which take 20 seconds.
 OVERLAP_CHARACTERS = 200_000_000
 
+# What transformers' quantized caches are made of: module, and what to install; fp8 needs nothing.
+CACHE_BACKENDS = {"hqq": ("hqq", "hqq"), "quanto": ("optimum.quanto", "optimum-quanto")}
+
 
 def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
     """Refuse an OUT that shares a folder with the base, or holds what is not ours to replace."""
@@ -56,6 +59,16 @@ def check_packages(manifest: Manifest) -> None:
                     cause="the result could not be loaded to verify it",
                     remedy=f'pip install "{wanted}", or do without verification: verify: false, or --no-verify',
                 )
+
+
+    for kind in manifest.verify.quantized_cache:
+        backend = kind.partition("-")[0]
+        module, wanted = CACHE_BACKENDS.get(backend, ("torch", ""))
+        if not _importable(module):
+            raise MissingPackage(
+                f"{wanted} is not installed, and a quantized cache of kind {kind} needs it",
+                cause="verify.quantized_cache asks for its cost", remedy=f'pip install "{wanted}", or leave {kind} out',
+            )  # fmt: skip
 
 
 def _importable(module: str) -> bool:

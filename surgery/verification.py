@@ -90,7 +90,8 @@ class Trial:
     """On what and where the model is tried.
 
     `text` is held out and read in `windows` of `length` tokens; `transformers` is a folder that holds another version
-    of it, put first on the path; `timeout` is in seconds; `checks` None asks for all.
+    of it, put first on the path; `timeout` is in seconds; `checks` None asks for all; `quantized_cache` names kinds of
+    cache, such as `fp8` or `hqq-4`, whose cost is measured.
     """
 
     prompts: Sequence[str] = ()
@@ -103,6 +104,7 @@ class Trial:
     checks: Sequence[str] | None = None
     transformers: Path | None = None
     timeout: float = 3600.0
+    quantized_cache: Sequence[str] = ()
 
 
 def verify(
@@ -142,6 +144,7 @@ def verify(
         "windows": trial.windows,
         "length": trial.length,
         "prompts": list(trial.prompts) or None,
+        "quantized_cache": list(trial.quantized_cache),
         "seed": trial.seed,
         "static_cache": promises.static_cache,
         "expect_identical": promises.identical,

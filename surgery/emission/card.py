@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 TESTED = Path(__file__).with_name("tested_versions.json")  # tools/compat writes it
 MAX_LISTED = 20
+# Divergence up to which a quantized cache is recommended, in nats per token.
+RECOMMENDED = 0.01
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -59,6 +61,7 @@ def card_bytes(
         **({"Variants": variants_text(compared, name)} if compared else {}),
         "Loading": loading(draft, outputs, manifest.steps),
         "Checked": checked(base, manifest.steps, verification),
+        **({"Quantized cache": cached} if (cached := quantized_cache(verification)) else {}),
         "Limits": limits(draft, manifest.steps, custom=bool(_code_files(outputs))),
         "Files": files_text(base, plan, outputs),
         "Making it again": reproducing(manifest),
@@ -183,6 +186,24 @@ def tested_versions(model_type: str) -> list[str]:
         return []
     found = json.loads(TESTED.read_text(encoding="utf-8"))
     return list(found["families"].get(model_type, []) if found.get("families") else found.get("versions", []))
+
+
+def quantized_cache(verification: Verification | None) -> str:
+    """Which quantized caches were measured, and the call for those that cost little; empty where none was measured."""
+    checks = verification.checks if verification is not None else ()
+    measured = (check.detail for check in checks if check.name == "quantized_cache" and check.status == "pass")
+    detail = next(measured, "{}")
+    lines = []
+    for kind, found in json.loads(detail).items():
+        cost, tokens = found["nats_per_token"], found["tokens"]
+        lines.append(f"- {code(kind)}: {cost:.3g} nats per token over the second half of windows of {tokens} tokens.")
+        if cost <= RECOMMENDED:
+            call = f'model.generate(**inputs, cache_implementation="quantized", cache_config={found["cache_config"]})'
+            lines += ["", fenced(call, "python"), ""]
+        else:
+            lines[-1] += f" Not recommended: more than {RECOMMENDED}."
+    how = "What transformers' quantized KV cache costs this model. It saves memory and is slower: every step unpacks it."
+    return "\n".join([how, "", *lines]) if lines else ""
 
 
 def limits(draft: Draft, steps: Sequence[Step], *, custom: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ def quantized_cache(subject: Subject) -> Outcome:
     if not getattr(type(subject.model), "_supports_quantized_cache", True):
         return skipped("its caches have widths of their own, which a quantized cache does not hold")
     tokens = windows(subject)[:TRIED].to(subject.device)
-    found = []
+    found = {}
     for kind in kinds:
         settings = cache_config(kind, subject.model.config, tokens.shape[1])
         cost = _divergence(subject, tokens, settings)
         subject.measurements[f"kl_cache_{kind}"] = cost
-        found.append(f"{kind} {cost:.3g}")
-    return passed(f"nats per token on windows of {tokens.shape[1]}: {', '.join(found)}")
+        found[kind] = {"nats_per_token": float(f"{cost:.3g}"), "tokens": tokens.shape[1], "cache_config": settings}
+    return passed(json.dumps(found))
 
 
 def cache_config(kind: str, config: Any, length: int) -> dict[str, Any]:

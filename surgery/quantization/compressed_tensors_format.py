@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.expressions import Tensors, TensorSpec
-from surgery.errors import MissingPackage
 from surgery.quantization.layout import Format, Layout
 from surgery.quantization.schemes import Grid
 
@@ -37,29 +36,15 @@ def _specs(module: str, weight: TensorSpec, grid: Grid, activations: bool) -> di
 def _pack(rounded: Rounded, grid: Grid, activations: bool) -> dict[str, Tensor]:
     import torch
 
+    from surgery.quantization.packing import words
+
     if _kind(grid, activations) != "pack-quantized":
         return {"weight": rounded.codes, "weight_scale": rounded.scale}
-    pack_to_int32 = require_packing()
     return {
-        "weight_packed": pack_to_int32(rounded.codes, grid.bits),
+        "weight_packed": words(rounded.codes.int() + 2 ** (grid.bits - 1), grid.bits),
         "weight_scale": rounded.scale,
         "weight_shape": torch.tensor(rounded.codes.shape),
     }
-
-
-def require_packing() -> Any:
-    """The packing of the compressed-tensors library. Raises MissingPackage where it is not installed."""
-    try:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-    except ImportError:
-        try:
-            from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
-        except ImportError as error:
-            raise MissingPackage(
-                "compressed-tensors is not installed", cause="packed weights are written by its own packing",
-                remedy='pip install "surgery[quant]"',
-            ) from error  # fmt: skip
-    return pack_to_int32
 
 
 def _join(parts: Sequence[Tensors]) -> dict[str, Tensor]:

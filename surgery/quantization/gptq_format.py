@@ -36,6 +36,8 @@ def _specs(module: str, weight: TensorSpec, grid: Grid, _activations: bool) -> d
 def _pack(rounded: Rounded, grid: Grid, _activations: bool) -> dict[str, Tensor]:
     import torch
 
+    from surgery.quantization.packing import words
+
     outputs, inputs = rounded.codes.shape
     half = 2 ** (grid.bits - 1)
     groups = rounded.scale.shape[1]
@@ -46,16 +48,6 @@ def _pack(rounded: Rounded, grid: Grid, _activations: bool) -> dict[str, Tensor]
         "scales": rounded.scale.half().t().contiguous(),
         "g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
     }
-
-
-def words(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers [rows, n] below 2^bits as int32 words [rows, n * bits / 32], lowest bits first."""
-    import torch
-
-    per_word = 32 // bits
-    grouped = numbers.to(torch.int64).view(numbers.shape[0], -1, per_word)
-    shifts = torch.arange(per_word, dtype=torch.int64) * bits
-    return (grouped << shifts).sum(-1).to(torch.int32)  # wraps into the sign bit, as it should
 
 
 def _join(parts: Sequence[Tensors]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from torch import nn
 
@@ -26,7 +26,7 @@ from surgery.operations.quantize.rounding import Recipe, round_matrix
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import Linear
 from surgery.operations.quantize.walk import Walked, _call_order, _round_layer
-from surgery.quantization.compressed_tensors_format import COMPRESSED_TENSORS, patterns, require_packing
+from surgery.quantization.compressed_tensors_format import COMPRESSED_TENSORS, patterns
 from surgery.quantization.gptq import gptq, relative_error
 from surgery.quantization.gptq_format import GPTQ
 from surgery.quantization.grid import SHRINKS, Grid, Rounded, decode, encode, full_scales, searched_scales
@@ -43,9 +43,9 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def packing():
-    require_packing()  # imported once, which takes seconds
+def named(value):
+    """What a parameter is called, alike in every process."""
+    return getattr(value, "name", None) or str(value)
 
 
 def normal(*shape, seed=0):
@@ -71,7 +71,7 @@ def nearest(weight, scale, bits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("grid", [Grid(4, 8), Grid(4, None), Grid(8, 16)], ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize("grid", [Grid(4, 8), Grid(4, None), Grid(8, 16)], ids=named)
 def test_codes_are_nearest_for_the_scale_that_is_stored(grid, dtype):
     weight = normal(6, 32) * torch.tensor([1e-3, 0.1, 1.0, 1.0, 30.0, 1.0])[:, None]
     scale = full_scales(weight, grid, DTYPES[dtype])
@@ -105,7 +105,7 @@ def test_halves_go_to_the_even_code_by_hand():
     assert codes == [[7, 0, 2, 2, 0, -2, -2, 6], [-8, 4, -4, 4, 6, -6, -6, 0]]
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 8), Grid(8, None), Grid(8, None, "float")], ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize("grid", [Grid(4, 8), Grid(8, None), Grid(8, None, "float")], ids=named)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_of_zeros_have_scale_one_and_stay_zeros(grid, dtype):
     weight = normal(4, 16)
@@ -173,7 +173,7 @@ def test_float8_codes_are_nearest(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("grid", [Grid(4, 16), Grid(4, None), Grid(8, 16), Grid(8, None, "float")], ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize("grid", [Grid(4, 16), Grid(4, None), Grid(8, 16), Grid(8, None, "float")], ids=named)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_searched_scales_are_the_best_that_were_tried(grid, dtype, weighted):
     generator = torch.Generator().manual_seed(4)
@@ -328,7 +328,7 @@ def test_the_table_of_the_specification(rho):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, None), Grid(4, None)], ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, None), Grid(4, None)], ids=named)
 def test_independent_inputs_give_the_nearest(grid, act_order):
     weight, moments = normal(24, 320), torch.eye(320) * 5.0  # 320: three blocks, the last not full
     scale = full_scales(weight, grid, torch.bfloat16)
@@ -447,6 +447,26 @@ def test_inputs_never_seen_do_not_change_the_rest(case):
     assert torch.equal(found.codes[:, :16], wanted.codes[:, :16])
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_inputs_never_seen_count_as_the_mean_of_those_seen(size, act_order):
+    weight, rows, scale, grid = small_case(4)
+    dead = [1, 2, 9, 20]
+    rows[:, dead] = 0
+    moments = rows.t() @ rows * size
+    filled = moments.clone()
+    filled[dead, dead] = moments.diagonal()[moments.diagonal() != 0].mean()
+    order = sorted(range(24), key=lambda column: -float(filled[column, column])) if act_order else range(24)
+    found = gptq(weight, moments, scale, grid, act_order=act_order, damping=0.3)
+    assert found.codes.tolist() == optimal_brain_surgeon(weight, filled, scale, 4, order, 0.3).tolist()
+    assert torch.equal(found.codes, gptq(weight, filled, scale, grid, act_order=act_order, damping=0.3).codes)
+
+
+def test_without_any_input_seen_all_weights_are_rounded_to_the_nearest():
+    weight, _, scale, grid = small_case(4)
+    assert torch.equal(gptq(weight, torch.zeros(24, 24), scale, grid).codes, encode(weight, scale, grid))
+
+
 def test_fewer_samples_than_inputs_are_enough():
     weight, rows, scale, grid = small_case(3, samples=6)
     found = gptq(weight, rows.t() @ rows, scale, grid)
@@ -462,16 +482,21 @@ def moments_with(negative):
     return (basis * sizes) @ basis.t()
 
 
-@pytest.mark.parametrize(("negative", "helps"), [(0.05, 0.1), (0.5, 1.0), (2.0, None)])
-def test_damping_is_raised_until_the_moments_can_be_inverted(negative, helps):
+@pytest.mark.parametrize(("negative", "damping", "helps"), [
+    (0.05, 0.01, 0.1), (0.05, 0.0001, 0.1), (0.5, 0.01, 1.0), (0.5, 0.001, 1.0), (0.05, 0.03, 0.3), (0.5, 0.03, 1.0), (0.5, 0.7, 0.7),
+    (0.8, 0.7, 1.0), (0.5, 1.0, 1.0), (2.0, 0.01, None), (2.0, 0.7, None), (2.0, 1.0, None),
+])  # fmt: skip
+def test_damping_is_raised_until_the_moments_can_be_inverted(negative, damping, helps):
+    """By ten while it is below 1, and then to 1."""
     weight, _, scale, grid = small_case(4)
     moments = moments_with(negative)
-    found = gptq(weight, moments, scale, grid, damping=0.01)
+    found = gptq(weight, moments, scale, grid, damping=damping)
     if helps is None:
         assert found is None
         return
     assert torch.equal(found.codes, gptq(weight, moments, scale, grid, damping=helps).codes)
-    assert torch.equal(found.codes, gptq(weight, moments, scale, grid, damping=helps / 1000).codes)
+    order = sorted(range(24), key=lambda column: -float(moments[column, column]))
+    assert found.codes.tolist() == optimal_brain_surgeon(weight, moments, scale, 4, order, helps).tolist()
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -484,6 +509,7 @@ def test_moments_that_are_no_numbers_are_nothing_to_go_by(broken, place):
     seen = Moments(moments.float(), moments.diagonal().float().clone(), torch.zeros(24), count=60)
     made = round_matrix(weight, seen, grid, Recipe({}, "none"), QuantizeSettings(method="gptq", group_size=8), torch.float32)
     assert made.fallback == "its inputs have no invertible moments"
+    assert made.error == math.inf
     plain = full_scales(weight, grid, torch.float32)
     assert torch.equal(made.rounded.codes, encode(weight, plain, grid))
 
@@ -500,6 +526,15 @@ def test_relative_error_is_that_of_outputs():
     assert relative_error(weight, weight, moments.float()) == 0
     assert relative_error(torch.zeros(3, 24), torch.zeros(3, 24), moments.float()) == 0
     assert relative_error(weight, decoded, torch.zeros(24)) == 0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_an_error_that_is_no_number_is_the_worst(broken):
+    weight, rows, scale, grid = small_case(6)
+    decoded, moments = decode(encode(weight, scale, grid), scale), (rows.t() @ rows).float()
+    moments[3, 3] = broken
+    assert relative_error(weight, decoded, moments) == math.inf
+    assert relative_error(weight, decoded, moments.diagonal()) == math.inf
 
 
 # Moments, and rounding one matrix
@@ -552,15 +587,41 @@ def test_a_matrix_is_rounded_by_its_recipe(method, scales):
         assert made.error == pytest.approx(output_error(weight, made.rounded.decoded(), rows), rel=1e-3)
 
 
+TOO_FEW = "too few tokens reach it: rounded to the nearest"
+
+
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("scales", ["none", "mse", "activation"])
-def test_a_matrix_without_inputs_is_rounded_to_the_nearest(scales):
+def test_a_matrix_without_inputs_is_rounded_to_the_nearest(scales, full):
     weight, _, _, grid = small_case(7)
     chosen = QuantizeSettings(method="gptq", group_size=8, scales=scales)
-    made = round_matrix(weight, Moments.empty(24, CPU, full=True), grid, Recipe({}, scales), chosen, torch.float32)
+    made = round_matrix(weight, Moments.empty(24, CPU, full=full), grid, Recipe({}, scales), chosen, torch.float32)
     scale = (searched_scales if scales == "mse" else full_scales)(weight, grid, torch.float32)
-    assert made.fallback == "calibration never reached it"
+    assert made.fallback == TOO_FEW
     assert made.error == 0
     assert torch.equal(made.rounded.codes, encode(weight, scale, grid))
+    assert torch.equal(made.rounded.scale, scale)
+
+
+@pytest.mark.parametrize("scales", ["none", "mse", "activation"])
+def test_a_matrix_with_too_few_inputs_is_rounded_to_the_nearest(scales):
+    """Its moments have no full matrix; what it has of them decides scales and tells the error."""
+    weight, rows, _, grid = small_case(7, samples=5)
+    weight = weight**3
+    chosen = QuantizeSettings(method="gptq", group_size=8, scales=scales)
+    made = round_matrix(weight, seen_by(rows, full=False), grid, Recipe({}, scales), chosen, torch.float32)
+    sizes = rows.square().mean(0)
+    scale = {
+        "none": lambda: full_scales(weight, grid, torch.float32),
+        "mse": lambda: searched_scales(weight, grid, torch.float32),
+        "activation": lambda: searched_scales(weight, grid, torch.float32, sizes),
+    }[scales]()
+    assert made.fallback == TOO_FEW
+    assert torch.equal(made.rounded.scale, scale)
+    assert torch.equal(made.rounded.codes, encode(weight, scale, grid))
+    off = (weight - made.rounded.decoded()).double()
+    wanted = float((off.square() * sizes).sum() / (weight.double().square() * sizes).sum()) ** 0.5
+    assert made.error == pytest.approx(wanted, rel=1e-4)
 
 
 # File formats
@@ -602,7 +663,7 @@ def check_packing(form, rounded, grid, dtype, *, activations=False):
     return packed
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize("grid", GRIDS, ids=named)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_integers_decode_to_the_same_numbers(grid, dtype):
     rounded = random_rounded(grid, (40, 256), DTYPES[dtype])
@@ -611,7 +672,7 @@ def test_packed_integers_decode_to_the_same_numbers(grid, dtype):
     assert packed["weight_shape"].tolist() == [40, 256]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize("grid", GRIDS, ids=named)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gptq_files_decode_to_the_same_numbers(grid, dtype):
     assert GPTQ.scale_dtype(dtype) == "F16"
@@ -622,7 +683,7 @@ def test_gptq_files_decode_to_the_same_numbers(grid, dtype):
 
 @pytest.mark.parametrize(("kind", "activations"), [("int", True), ("float", False), ("float", True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(40, 256), (5, 7), (1, 1)], ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize("shape", [(40, 256), (5, 7), (1, 1)], ids=named)
 def test_whole_bytes_decode_to_the_same_numbers(kind, activations, dtype, shape):
     grid = Grid(8, None, kind)
     rounded = random_rounded(grid, shape, DTYPES[dtype])
@@ -633,7 +694,7 @@ def test_whole_bytes_decode_to_the_same_numbers(kind, activations, dtype, shape)
 @pytest.mark.parametrize(("form", "grid", "shape"), [
     (COMPRESSED_TENSORS, Grid(4, None), (1, 8)), (COMPRESSED_TENSORS, Grid(4, None), (7, 24)), (COMPRESSED_TENSORS, Grid(8, None), (3, 20)),
     (COMPRESSED_TENSORS, Grid(4, 12), (3, 24)), (COMPRESSED_TENSORS, Grid(8, 10), (3, 20)), (GPTQ, Grid(4, None), (8, 24)), (GPTQ, Grid(8, 10), (4, 20)),
-], ids=lambda value: getattr(value, "name", None) or str(value))  # fmt: skip
+], ids=named)  # fmt: skip
 def test_odd_sizes_decode_to_the_same_numbers(form, grid, shape):
     check_packing(form, random_rounded(grid, shape, torch.float16), grid, "F16")
 
@@ -641,8 +702,8 @@ def test_odd_sizes_decode_to_the_same_numbers(form, grid, shape):
 @pytest.mark.parametrize(("form", "grid", "activations"), [
     *((form, grid, False) for form in (COMPRESSED_TENSORS, GPTQ) for grid in GRIDS),
     *((COMPRESSED_TENSORS, Grid(8, None, kind), True) for kind in ("int", "float")),
-], ids=lambda value: getattr(value, "name", None) or str(value))  # fmt: skip
-@pytest.mark.parametrize("cuts", [[96], [32, 96], [32, 64, 96]], ids=lambda value: getattr(value, "name", None) or str(value))
+], ids=named)  # fmt: skip
+@pytest.mark.parametrize("cuts", [[96], [32, 96], [32, 64, 96]], ids=named)
 def test_rows_packed_apart_and_joined_are_the_whole(form, grid, activations, cuts):
     rounded = random_rounded(grid, (96, 256), torch.float16)
     parts = [
@@ -711,7 +772,7 @@ def test_config_of_one_scheme(name):
                 "targets": ["Linear"], "weights": weights | WEIGHTS, "input_activations": inputs if activations else None, "format": form,
             }
         },
-        "ignore": [r"re:(.*\.)?lm_head$", r"re:(.*\.)?layers\.(0|1)\.mlp\.gate$"],
+        "ignore": [r"re:(model\.)?lm_head$", r"re:(model\.)?layers\.(0|1)\.mlp\.gate$"],
     }  # fmt: skip
 
 
@@ -728,11 +789,24 @@ def test_config_of_several_schemes():
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": one_group([r"re:(.*\.)?layers\.(0)\.mlp\.up_proj$"], "int4", group_size=32),
+            "group_0": one_group([r"re:(model\.)?layers\.(0)\.mlp\.up_proj$"], "int4", group_size=32),
             "group_1": one_group(["Linear"], "int8"),
         },
-        "ignore": [r"re:(.*\.)?lm_head$"],
+        "ignore": [r"re:(model\.)?lm_head$"],
     }
+
+
+@pytest.mark.parametrize("common", range(3))
+def test_the_scheme_of_most_modules_stands_last(common):
+    schemes = [(Grid(4, 128), "int4"), (Grid(8, 32), "int8 groups"), (Grid(8, None), "int8")]
+    counts = [3 if number == common else 2 for number in range(3)]
+    grids = {
+        f"model.layers.{layer}.mlp.{'abc'[number]}": schemes[number][0] for number in range(3) for layer in range(counts[number])
+    }
+    found = COMPRESSED_TENSORS.config(Layout(grids, ("lm_head",)), {"damping": 0.01})["config_groups"]
+    others = [one_group([rf"re:(model\.)?layers\.(0|1)\.mlp\.{'abc'[n]}$"], schemes[n][1]) for n in range(3) if n != common]
+    wanted = [*others, one_group(["Linear"], schemes[common][1])]
+    assert [*found.items()] == [(f"group_{number}", group) for number, group in enumerate(wanted)]
 
 
 def test_the_scheme_of_experts_is_the_one_for_all():
@@ -740,12 +814,12 @@ def test_the_scheme_of_experts_is_the_one_for_all():
     experts = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(2)]
     grids = dict.fromkeys(MODULES, Grid(8, None)) | dict.fromkeys(experts, Grid(4, 128))
     found = COMPRESSED_TENSORS.config(Layout(grids, ("lm_head",)), {"damping": 0.01})["config_groups"]
-    targets = [rf"re:(.*\.)?layers\.(0|1)\.mlp\.{name}_proj$" for name in ("up", "down")]
+    targets = [rf"re:(model\.)?layers\.(0|1)\.mlp\.{name}_proj$" for name in ("up", "down")]
     assert found == {"group_0": one_group(targets, "int8"), "group_1": one_group(["Linear"], "int4")}
     assert list(found) == ["group_0", "group_1"]
 
 
-@pytest.mark.parametrize(("grid", "size"), [(Grid(4, 128), 128), (Grid(8, 32), 32)], ids=lambda value: getattr(value, "name", None) or str(value))
+@pytest.mark.parametrize(("grid", "size"), [(Grid(4, 128), 128), (Grid(8, 32), 32)], ids=named)
 def test_config_of_gptq(grid, size):
     whole = Layout(dict.fromkeys(MODULES, grid), ("lm_head",))
     wanted = {
@@ -775,29 +849,57 @@ def spelled(layer, kind, before="model."):
 
 OTHERS = [f"{name}{more}" for layer in (1, 10) for name in spelled(layer, "mlp.up_proj") for more in ("x", ".bias", ".0")] + [
     "model.xlayers.1.mlp.up_proj", "model.layers.1.mlpxup_proj", "model.layersx1.mlp.up_proj", "model.layers.1.mlp.experts.up_proj",
-    "model.layers.1.mlp.experts.a.up_proj", "model.layers.1.x.mlp.up_proj", "lm_head",
+    "model.layers.1.mlp.experts.a.up_proj", "model.layers.1.x.mlp.up_proj", "lm_head", "modelxlayers.1.mlp.up_proj",
 ]  # fmt: skip
+PLACES = ["", "model.", "a.", "a.model.", "model.model.", "model.language_model.", "language_model.", "model.vision_tower.encoder."]
 
 
 @settings(max_examples=200, deadline=None)
-@given(some.sets(some.tuples(some.sampled_from(LAYERS), some.sampled_from(KINDS)), min_size=1), some.sampled_from(["model.", "", "a.model."]))
-def test_patterns_are_for_the_named_modules_and_no_other(chosen, depth):
-    """At any depth: a model without its head has shorter names."""
-    expressions = patterns(name for layer, kind in sorted(chosen) for name in spelled(layer, kind))
-    everything = [name for layer in LAYERS for kind in KINDS for name in spelled(layer, kind, depth)] + OTHERS
-    assert matched(expressions, everything) == {name for layer, kind in chosen for name in spelled(layer, kind, depth)}
+@given(
+    some.sets(some.tuples(some.sampled_from(LAYERS), some.sampled_from(KINDS)), min_size=1),
+    some.sampled_from(["model.", "model.language_model.", "a."]),
+)
+def test_patterns_are_for_the_named_modules_and_no_other(chosen, before):
+    """What stands before the layers counts, but for a leading `model.`: a model without its head has shorter names."""
+    expressions = patterns(name for layer, kind in sorted(chosen) for name in spelled(layer, kind, before))
+    everything = [name for place in PLACES for layer in LAYERS for kind in KINDS for name in spelled(layer, kind, place)] + OTHERS
+    short = before.removeprefix("model.")
+    assert matched(expressions, everything) == {
+        name for layer, kind in chosen for place in (short, f"model.{short}") for name in spelled(layer, kind, place)
+        if name in everything
+    }  # fmt: skip
     assert len(expressions) == len({kind for _, kind in chosen})
     assert not any("experts" in expression for expression in expressions)  # a word that transformers 5 looks for
 
 
+def test_patterns_by_hand():
+    experts = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (1, 12) for expert in range(3)]
+    names = [
+        "lm_head", "model.layers.0.mlp.up_proj", *experts, "model.layers.3.mlp.up_proj", "model.layers.1.mlp.shared_experts.up_proj",
+        "model.vision_tower.layers.3.mlp.up_proj", "audio.layers.3.mlp.up_proj", "model.projector",
+    ]  # fmt: skip
+    assert patterns(names) == [
+        r"re:(model\.)?lm_head$",
+        r"re:(model\.)?layers\.(0|3)\.mlp\.up_proj$",
+        r"re:(model\.)?layers\.(1|12)\.mlp\.expert.\.\d+\.up_proj$",
+        r"re:(model\.)?layers\.(1)\.mlp\.shared_expert.\.up_proj$",
+        r"re:(model\.)?vision_tower\.layers\.(3)\.mlp\.up_proj$",
+        r"re:(model\.)?audio\.layers\.(3)\.mlp\.up_proj$",
+        r"re:(model\.)?projector$",
+    ]
+    assert patterns([]) == []
+
+
 def test_patterns_of_names_without_layers():
     names = ["lm_head", "encoder+head", "mtp.eh_proj"]
-    assert matched(patterns(names), [*names, "lm_headx", "xlm_head", "encoderxhead", "encoderrhead", "mtp.eh_proj.x"]) == {*names}
+    others = ["lm_headx", "xlm_head", "x.lm_head", "encoderxhead", "encoderrhead", "mtp.eh_proj.x", "mtpxeh_proj", "eh_proj"]
+    assert matched(patterns(names), [*names, "model.lm_head", *others]) == {*names, "model.lm_head"}
 
 
 def test_patterns_are_not_for_another_tower():
     names = ["vision_tower.encoder.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"]
-    assert matched(patterns(names[:1]), names) == {names[0]}
+    for name in names:
+        assert matched(patterns([name]), names) == {name}
 
 
 # Experts in one parameter, and modules in the order of their calls
@@ -820,15 +922,21 @@ def fused(count, width, inner):
     return FusedExperts(SimpleNamespace(experts=experts, count=count), names)
 
 
+def spread_rows(rows, count):
+    """At most `count` rows from the first to the last, by numpy."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+
+
 @pytest.mark.parametrize("full", [False, True])
-def test_experts_are_rounded_for_the_tokens_that_choose_them(full):
-    """One expert has tokens enough, one has few, one has none; `down` sees what rounded gate and up make."""
-    width, inner, tokens = 4, 6, 60
-    experts = fused(3, width, inner)
-    before = {e: [weight.clone() for weight in experts.weights(e)] for e in range(3)}
-    hidden = normal(tokens, width, seed=2)
+@pytest.mark.parametrize(("width", "inner"), [(4, 6), (6, 4)])
+def test_experts_are_rounded_for_the_tokens_that_choose_them(width, inner, full):
+    """Two experts have tokens enough, one lacks one, one has none; `down` sees what rounded gate and up make."""
+    tokens, enough = 60, ENOUGH * 6  # of the wider of both inputs
+    experts = fused(4, width, inner)
+    before = {e: [weight.clone() for weight in experts.weights(e)] for e in range(4)}
+    hidden, number = normal(tokens, width, seed=2), torch.arange(tokens)
     chosen = torch.zeros(tokens, 2, dtype=torch.long)
-    chosen[:, 1] = torch.where(torch.arange(tokens) < 5, 1, 3)  # 3: no expert of the three
+    chosen[:, 1] = torch.where(number < enough, 1, torch.where(number < 2 * enough - 1, 2, 4))  # 4: none of the four
     seen, settled = Traffic(hidden, chosen), []
 
     def settle(of, weight, moments):
@@ -837,11 +945,13 @@ def test_experts_are_rounded_for_the_tokens_that_choose_them(full):
 
     reasons = dict(round_experts(experts, seen, CPU, settle, full=full))
     assert [module for module, _ in settled] == [of.module for names in experts.names for of in names]
-    assert tokens >= ENOUGH * width > 5
-    assert {of.module for of in reasons} == {of.module for names in experts.names[1:] for of in names}
-    assert {reason.partition(":")[0] for reason in reasons.values()} == {"5 tokens chose it", "0 tokens chose it"}
-    everything = hidden[:: max(tokens // (SHARED * inner), 1)][: SHARED * inner]
-    for expert, rows in enumerate((hidden, everything, everything)):
+    assert {of.module: reason for of, reason in reasons.items()} == {
+        of.module: f"{count} tokens chose it: rounded for all tokens of the layer"
+        for expert, count in ((2, enough - 1), (3, 0)) for of in experts.names[expert]
+    }  # fmt: skip
+    everything = spread_rows(hidden, SHARED * 6)
+    assert len(everything) == 24 < tokens
+    for expert, rows in enumerate((hidden, hidden[:enough], everything, everything)):
         gate, up, down = experts.weights(expert)
         assert torch.equal(gate, before[expert][0] * 0.5 + 0.01)
         assert torch.equal(down, before[expert][2] * 0.5 + 0.01)
@@ -849,7 +959,33 @@ def test_experts_are_rounded_for_the_tokens_that_choose_them(full):
         middle = (x @ a.T) / (1 + np.exp(-(x @ a.T))) * (x @ b.T)
         for (_, moments), wanted in zip(settled[3 * expert : 3 * expert + 3], (x, x, middle), strict=True):
             assert moments.count == len(wanted)
+            assert (moments.full is not None) == full
             assert moments.known.detach().numpy() == pytest.approx(wanted.T @ wanted if full else (wanted**2).sum(0), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "whole"), [(6, {"gate_proj", "up_proj", "down_proj"}), (5, {"gate_proj", "up_proj"}), (4, {"gate_proj", "up_proj"}), (3, set()), (1, set())])
+@pytest.mark.parametrize("full", [False, True])
+def test_moments_of_fewer_tokens_than_inputs_have_no_matrix(tokens, whole, full):
+    """Which `gptq` takes for a reason to round to the nearest: it would mend for few tokens what others need."""
+    experts, settled = fused(2, 4, 6), []  # `gate` and `up` have 4 inputs, `down` has 6
+    seen = Traffic(normal(tokens, 4, seed=2), torch.zeros(tokens, 1, dtype=torch.long))
+    chosen = QuantizeSettings(method="gptq", group_size="channel")
+
+    def settle(of, weight, moments):
+        settled.append((of.module, moments))
+        made = round_matrix(weight, moments, Grid(4, None), Recipe({}, "none"), chosen, torch.float32)
+        scale = full_scales(weight, Grid(4, None), torch.float32)
+        few = not full or of.module.rpartition(".")[2] not in whole
+        assert made.fallback == (TOO_FEW if few else "")
+        if few:
+            assert torch.equal(made.rounded.codes, encode(weight, scale, Grid(4, None)))
+
+    reasons = dict(round_experts(experts, seen, CPU, settle, full=full))
+    assert {module.rpartition(".")[2] for module, moments in settled if moments.full is not None} == (whole if full else set())
+    assert [moments.count for _, moments in settled] == [tokens] * 6
+    assert all(moments.squares.any() for _, moments in settled)
+    assert sorted({*reasons.values()}) == [f"{count} tokens chose it: rounded for all tokens of the layer" for count in (0, tokens)]
+    assert len(reasons) == 6
 
 
 def test_the_tokens_of_an_expert():
@@ -858,17 +994,26 @@ def test_the_tokens_of_an_expert():
     assert [seen.of(expert)[:, 0].tolist() for expert in range(4)] == [[0, 2, 8], [0, 2, 4, 10], [4, 6, 8, 10], []]
 
 
-@pytest.mark.parametrize(("rows", "count"), [(10, 20), (20, 20), (40, 20), (100, 20), (99, 20), (1, 1)])
-def test_rows_are_spread(rows, count):
+@settings(max_examples=200, deadline=None)
+@given(some.integers(1, 3000), some.integers(1, 400))
+@example(39, 20)
+@example(40, 20)
+@example(100, 20)
+@example(20, 20)
+@example(10, 20)
+@example(1, 1)
+def test_rows_are_spread_from_the_first_to_the_last(rows, count):
     found = Traffic(torch.arange(rows).view(-1, 1), torch.zeros(rows, 1)).spread(count).flatten().tolist()
     assert len(found) == min(rows, count)
-    assert len({*itertools.starmap(lambda a, b: b - a, itertools.pairwise(found))}) <= 1
+    assert found[0] == 0
+    assert found[-1] == (rows - 1 if count > 1 else 0)
+    gaps = [after - before for before, after in itertools.pairwise(found)]
+    assert all(gap in {(rows - 1) // (len(found) - 1), -(-(rows - 1) // (len(found) - 1))} for gap in gaps)
+    assert all(gap > 0 for gap in gaps)
 
 
-def test_rows_are_spread_to_the_end():
-    found = Traffic(torch.arange(39).view(-1, 1), torch.zeros(39, 1)).spread(20).flatten().tolist()
-    assert len(found) <= 20
-    assert found[-1] > 33
+def test_no_rows_are_spread_to_none():
+    assert Traffic(torch.zeros(0, 3), torch.zeros(0, 1)).spread(20).shape == (0, 3)
 
 
 class Toy(nn.Module):
@@ -896,8 +1041,8 @@ class Routed(nn.Module):
         self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
 
     def forward(self, hidden):
-        flat = hidden.reshape(-1, 8)
-        return sum(expert(flat[:count]).sum() for expert, count in zip(self.experts, (3, 0, 2, 0), strict=True)) + hidden
+        flat, chosen = hidden.reshape(-1, 8), ([0, 1, 2], [], [0, 1], [])
+        return sum(expert(flat[rows]).sum() for expert, rows in zip(self.experts, chosen, strict=True)) + hidden
 
 
 class Twice(nn.Module):
@@ -925,7 +1070,7 @@ def test_modules_go_in_the_order_of_their_calls_those_of_one_input_together():
 
 
 def test_experts_without_tokens_do_not_share_an_input():
-    assert sorted(order_of(Routed())) == [[f"experts.{expert}"] for expert in range(4)]
+    assert order_of(Routed()) == [[f"experts.{expert}"] for expert in range(4)]
 
 
 def test_a_module_that_is_called_twice_is_rounded_once():
@@ -944,20 +1089,41 @@ class Listed(nn.Module):
         return hidden + sum(expert(rows).sum() for expert, rows in zip(self.experts, (hidden * 2, hidden * 3), strict=True))
 
 
-def test_experts_get_more_bits_all_or_none():
+FOUR, EIGHT = Grid(4, 32), Grid(8, None)
+
+
+@pytest.mark.parametrize(("case", "given", "wanted"), [
+    ("plain", {"group_size": 32}, [EIGHT, FOUR]),
+    ("plain", {"group_size": 32, "raise_above": 2.0}, [FOUR, FOUR]),
+    ("experts", {"group_size": 32}, [FOUR, FOUR]),  # they have one scheme for all layers
+    ("plain", {"bytes_per_weight": 1.0}, [FOUR, FOUR]),  # the budget has given all it had
+    ("plain", {"group_size": 32, "format": "gptq"}, [FOUR, FOUR]),  # one grid for the whole file
+], ids=named)  # fmt: skip
+def test_what_is_off_by_too_much_gets_eight_bits(case, given, wanted):
+    """Part by part, but never experts, and nothing beside a budget or in a format of one grid."""
     torch.manual_seed(0)
-    layer, chosen = Listed(), QuantizeSettings(method="gptq", group_size=32, raise_above=0.2)
-    linears = [linear(f"model.layers.0.experts.{e}", "experts", 8, 32, expert=True) for e in range(2)]
+    layer, chosen = Listed(), QuantizeSettings(**{"method": "gptq", "raise_above": 0.2} | given)
+    linears = [
+        linear(f"model.layers.0.experts.{e}", "experts" if case == "experts" else f"0.{e}", 8, 32, expert=case == "experts")
+        for e in range(2)
+    ]
     stream = normal(2, 40, 32)
     stream[..., 0] = 0  # what the large weights read says nothing
     ground = SimpleNamespace(
         layers=SimpleNamespace(device=CPU, prefix=lambda number: "model.layers.0."), of_layer=lambda number: linears,
         settings=chosen, scale_dtype=lambda of: torch.float32,
     )  # fmt: skip
-    grids = {of.module: Grid(4, 32) for of in linears}
+    grids = {of.module: FOUR for of in linears}
     found = Walked(grids=dict(grids))
     with torch.no_grad():
-        _round_layer(ground, Recipe(grids, "none"), 0, LayerCall(layer, {}), stream, found)
+        tensors = _round_layer(ground, Recipe(grids, "none"), 0, LayerCall(layer, {}), stream, found)
+    assert found.grids == dict(zip(grids, wanted, strict=True))
     assert set(found.errors) == set(grids)
-    assert Grid(8, None) in found.grids.values()
-    assert len({*found.grids.values()}) == 1
+    first, second = found.errors.values()
+    assert (first < 1) == (wanted[0] == EIGHT)
+    assert second < 0.2
+    for module, grid in found.grids.items():
+        codes = tensors[f"{module}.codes"]
+        assert tensors[f"{module}.scale"].shape == (8, grid.groups(32))
+        assert int(codes.abs().max()) == 2 ** (grid.bits - 1) - 1 or int(codes.min()) == -(2 ** (grid.bits - 1))
+        assert torch.equal(layer.get_submodule(module.removeprefix("model.layers.0.")).weight.data, decode(codes, tensors[f"{module}.scale"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import surgery
 from surgery.checkpoint.expressions import TensorSpec
 from surgery.checkpoint.reader import open_checkpoint
 from surgery.errors import ManifestError
-from surgery.operations.quantize import refuses
+from surgery.operations.quantize import FORMATS, refuses
 from surgery.operations.quantize.budget import (
     CHOICES,
     allocate_by_gain,
@@ -25,6 +26,7 @@ from surgery.operations.quantize.budget import (
     choices_for,
     units_of,
 )
+from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import (
     Linear,
     Targets,
@@ -37,6 +39,7 @@ from surgery.operations.quantize.targets import (
 )
 from surgery.planning import open_draft
 from surgery.quantization.compressed_tensors_format import COMPRESSED_TENSORS
+from surgery.quantization.gptq_format import GPTQ
 from surgery.quantization.grid import Grid
 from tests.tiny import ARCHITECTURES as FAMILIES
 from tests.tiny import write_tiny
@@ -75,19 +78,24 @@ GPTQ_FLOAT = "can have format: gptq only with type: int, no activations and no b
 ENGINE = {"engine": "gptqmodel", "format": "gptq", "method": "gptq"}
 ENGINE_WANTS = "can have engine: gptqmodel only with method: gptq and format: gptq"
 DYNAMIC_BITS = "can have activations: dynamic only with bits: 8"
+BUDGET_ALONE = "can have bytes_per_weight only with type: int and without activations"
 BUDGET_GROUPS = "can have bytes_per_weight only without group_size"
 CONTRADICTIONS = [
     ({"type": "float"}, "can have type: float only with bits: 8"),
     ({"type": "float", "bits": 4}, "can have type: float only with bits: 8"),
-    ({"type": "float", "bits": 8, "bytes_per_weight": 1.0}, "can have type: float only with"),
+    ({"type": "float", "bits": 8, "bytes_per_weight": 1.0}, BUDGET_ALONE),
+    ({"type": "float", "bytes_per_weight": 1.0}, BUDGET_ALONE),
+    ({"type": "float", "method": "gptq", "bits": 8, "bytes_per_weight": 1.0}, BUDGET_ALONE),
     ({"type": "float", "bits": 8, "method": "gptq"}, "can have type: float only with method: rtn"),
     ({"type": "float", "bits": 8, "group_size": 128}, "can have type: float only with group_size: channel"),
     ({"activations": "dynamic"}, DYNAMIC_BITS),
-    ({"activations": "dynamic", "bytes_per_weight": 1.0}, DYNAMIC_BITS),
+    ({"activations": "dynamic", "bytes_per_weight": 1.0}, BUDGET_ALONE),
+    ({"activations": "dynamic", "bits": 8, "bytes_per_weight": 1.0, "group_size": 32}, BUDGET_ALONE),
     ({"activations": "dynamic", "bits": 8, "group_size": 32}, "can have activations: dynamic only with group_size: channel"),
     (GPTQ_FILES | {"type": "float", "bits": 8}, GPTQ_FLOAT),
     (GPTQ_FILES | {"activations": "dynamic", "bits": 8}, GPTQ_FLOAT),
     (GPTQ_FILES | {"bytes_per_weight": 1.0}, GPTQ_FLOAT),
+    (GPTQ_FILES | {"type": "float", "bits": 8, "bytes_per_weight": 1.0}, BUDGET_ALONE),
     (GPTQ_FILES | {"bias_correction": "judged"}, "can have format: gptq only without bias_correction"),
     (GPTQ_FILES | {"group_size": "channel"}, "can have format: gptq only with group_size: 32, 64 or 128"),
     (GPTQ_FILES | {"group_size": 16}, "can have format: gptq only with group_size: 32, 64 or 128"),
@@ -172,6 +180,12 @@ def test_the_grid_that_settings_name(given, grid):
 ], ids=str)  # fmt: skip
 def test_which_settings_need_data(given, calibrates):
     assert chosen(**given).calibrates is calibrates
+
+
+def test_formats_are_called_as_manifests_spell_them():
+    assert {name: form.name for name, form in FORMATS.items()} == {"compressed-tensors": "compressed-tensors", "gptq": "gptq"}
+    assert {*FORMATS} == {*get_args(QuantizeSettings.model_fields["format"].annotation)}
+    assert FORMATS == {"compressed-tensors": COMPRESSED_TENSORS, "gptq": GPTQ}
 
 
 # Which matrices
@@ -385,6 +399,23 @@ def test_what_is_quantized_is_not_quantized_again(models):
     assert refuses(quantized, chosen()).startswith("it is quantized already")
 
 
+@pytest.mark.parametrize("expert", ["experts.3[.]", "w2$"])
+def test_why_an_expert_cannot_stay_is_said(expert, models):
+    said = refuses(models("mixtral"), chosen(ignore=[expert]))
+    assert said.endswith(" would stay as it is, and transformers 5 loads experts beside packed weights only if packed")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_budget_below_the_least_choice_is_refused(family, models):
+    model = models(family, dtype=torch.bfloat16)
+    linears = find_targets(model, []).linears
+    numbers = sum(linear.outputs * linear.inputs for linear in linears)
+    least = stored_bytes(linears, Grid(4, 128), chosen(), torch.bfloat16)
+    short = refuses(model, chosen(bytes_per_weight=(least - 0.5) / numbers))
+    assert short == f"even int4 with groups of 128 takes {least / numbers:.3f} bytes per weight of it; raise bytes_per_weight"
+    assert refuses(model, chosen(bytes_per_weight=(least + 0.5) / numbers)) is None
+
+
 # A budget of bytes
 
 
@@ -492,5 +523,40 @@ def test_steps_are_taken_along_the_hull_by_hand():
     assert allocate_by_gain(costs, 15) == [10, 5]
     assert allocate_by_gain(costs, 30) == [20, 10]
     assert allocate_by_gain(costs, -1) == [0, 0]
-    # More bytes that harm are never taken.
-    assert allocate_by_gain([{1: 1.0, 2: 2.0, 3: 1.0}], 99) == [1]
+    # More bytes that harm are never taken; of equal costs the largest item gets the most bytes.
+    assert allocate_by_gain([{1: 1.0, 2: 2.0, 3: 1.5}], 99) == [1]
+    assert allocate_by_gain([{1: 1.0, 2: 2.0, 3: 1.0}], 99) == [3]
+    assert allocate_by_gain([{1: 1.0, 2: 2.0, 3: 1.0}], 2) == [1]
+
+
+def test_the_largest_item_is_weighed_against_many_small_ones_by_hand():
+    # The small ones gain 1.5 a byte, the large one 1; of 10 bytes it gets all or none, by what the small ones can use.
+    large, small = {0: 10.0, 10: 0.0}, {0: 3.0, 2: 0.0}
+    assert allocate_by_gain([large, small], 10) == [10, 0]
+    assert allocate_by_gain([small, small, large, small], 10) == [0, 0, 10, 0]
+    assert allocate_by_gain([*[small] * 4, large], 10) == [2, 2, 2, 2, 0]
+    assert sorted(allocate_by_gain([*[small] * 4, large], 14)) == [0, 0, 2, 2, 10]
+    assert allocate_by_gain([*[small] * 4, large], 9) == [2, 2, 2, 2, 0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(some.data())
+def test_one_large_item_may_have_any_sizes_and_costs(data):
+    """Beside items of convex costs and steps of one size, the way that is found is the best of all ways."""
+    step, items = data.draw(some.integers(1, 5)), data.draw(some.integers(0, 3))
+    costs = []
+    for _ in range(items):
+        gains = sorted(data.draw(some.lists(some.integers(0, 20), min_size=0, max_size=3)), reverse=True)
+        costs.append({1 + n * step: 100.0 - sum(gains[:n]) for n in range(len(gains) + 1)})
+    levels = data.draw(some.dictionaries(some.integers(1, 40), some.integers(0, 60), max_size=4))
+    large = {size: float(cost) for size, cost in levels.items()} | {50: float(data.draw(some.integers(0, 60)))}
+    costs.insert(data.draw(some.integers(0, items)), large)
+    least = sum(min(cost) for cost in costs)
+    budget = data.draw(some.integers(least - 5, sum(max(cost) for cost in costs) + 1))
+    found = allocate_by_gain(costs, budget)
+    affordable = [sizes for sizes in itertools.product(*costs) if sum(sizes) <= budget]
+    if not affordable:
+        assert found == [min(cost) for cost in costs]
+        return
+    assert sum(found) <= budget
+    assert total(costs, found) == min(total(costs, sizes) for sizes in affordable)

@@ -7,7 +7,7 @@ input, bits by sensitivity and the judging of each on held-out text are ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery.architectures import Model
@@ -31,7 +31,7 @@ from surgery.quantization.schemes import Grid
 
 FORMATS: Mapping[str, Format] = {form.name: form for form in (COMPRESSED_TENSORS, GPTQ)}
 # Numbers of a matrix that are rounded and packed at once.
-PIECE = 1 << 21
+PIECE = 1 << 18
 # What rounding and packing a number takes meanwhile.
 WORK_PER_NUMBER = 48
 EXPERTS_LOAD = (
@@ -146,17 +146,18 @@ def _packed(
 
     form, stored = FORMATS[settings.format], getattr(torch, TORCH_NAMES[dtype])
     rows = max(PIECE // linear.inputs // 32, 1) * 32  # words along the outputs must not be divided
-    parts = []
-    for start in range(0, linear.outputs, rows):
-        at = slice(start, start + rows)
-        if statistics is not None:
-            rounded = Rounded(*(statistics.tensors[f"{linear.module}.{part}"][at] for part in ("codes", "scale")))
-        else:
-            find = searched_scales if settings.scales == "mse" else full_scales
-            scale = find(weight[at], grid, stored)
-            rounded = Rounded(encode(weight[at], scale, grid), scale)
-        parts.append(form.pack(rounded, grid, settings.activations == "dynamic"))
-    return form.join(parts)
+    find = searched_scales if settings.scales == "mse" else full_scales
+
+    def rounded(part: Any) -> Rounded:
+        scale = find(part, grid, stored)
+        return Rounded(encode(part, scale, grid), scale)
+
+    if statistics is None:
+        pieces: Iterable[Rounded] = (rounded(part) for part in weight.split(rows))
+    else:
+        codes, scale = (statistics.tensors[f"{linear.module}.{part}"] for part in ("codes", "scale"))
+        pieces = (Rounded(*both) for both in zip(codes.split(rows), scale.split(rows), strict=True))
+    return form.join([form.pack(piece, grid, settings.activations == "dynamic") for piece in pieces])
 
 
 def _correct_biases(draft: Draft, statistics: Statistics) -> None:

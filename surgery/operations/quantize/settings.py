@@ -50,9 +50,9 @@ class QuantizeSettings(Settings):
         "much the model's output suffers",
     )
     scales: Choice = Field(
-        default="none",
-        description="how far scales shrink below what the largest weight needs: `none`; `mse` by the error of weights; "
-        "`activation` by the error weighted with the squares of inputs; `judged` by held-out divergence",
+        default="mse",
+        description="how far scales of 4 bits shrink below what the largest weight needs: `none`; `mse` by the error "
+        "of weights; `activation` by the error weighted with the squares of inputs; `judged` by held-out divergence",
     )
     bias_correction: Literal["none", "judged"] = Field(
         default="none",
@@ -110,7 +110,8 @@ class QuantizeSettings(Settings):
             (own and self.bias_correction != "none", "can have format: gptq only without bias_correction"),
             (self.engine == "gptqmodel" and not (own and self.method == "gptq"),
              "can have engine: gptqmodel only with method: gptq and format: gptq"),
-            (self.engine == "gptqmodel" and self.scales != "none", "can have engine: gptqmodel only with scales: none"),
+            (self.engine == "gptqmodel" and self.scales not in {"none", "mse"},
+             "can have engine: gptqmodel only with scales: none, as it chooses its own"),
             (self.bytes_per_weight is not None and not channel,
              "can have bytes_per_weight only without group_size: groups of 32 and 128 are what it chooses among"),
         ]  # fmt: skip
