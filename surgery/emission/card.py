@@ -202,7 +202,7 @@ def quantized_cache(verification: Verification | None) -> str:
             lines += ["", fenced(call, "python"), ""]
         else:
             lines[-1] += f" Not recommended: more than {RECOMMENDED}."
-    how = "What transformers' quantized KV cache costs this model. It saves memory and is slower: every step unpacks it."
+    how = "What transformers' quantized KV cache costs this model. It saves memory, and time no: each step unpacks it."
     return "\n".join([how, "", *lines]) if lines else ""
 
 

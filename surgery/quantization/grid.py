@@ -43,7 +43,7 @@ def searched_scales(weight: Tensor, grid: Grid, dtype: torch.dtype, importance: 
 
     importance  what each input [in] counts: the mean of its squares (a diagonal Hessian); None counts all alike
 
-    Eight bits are never worth a cut, so full scales are given for them.
+    For eight bits full scales are given: where it was measured, cutting was not worth the time (docs/bench_quant.md).
     """
     if grid.bits > 4:
         return full_scales(weight, grid, dtype)

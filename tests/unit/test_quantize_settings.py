@@ -68,7 +68,7 @@ def refusal(given):
 def test_defaults():
     assert chosen().model_dump() == {
         "method": "rtn", "bits": 4, "group_size": None, "format": "compressed-tensors", "type": "int", "activations": "none",
-        "bytes_per_weight": None, "scales": "none", "bias_correction": "none", "act_order": True, "damping": 0.01,
+        "bytes_per_weight": None, "scales": "mse", "bias_correction": "none", "act_order": True, "damping": 0.01,
         "engine": "surgery", "raise_above": 0.25, "ignore": [],
     }  # fmt: skip
 
@@ -102,7 +102,7 @@ CONTRADICTIONS = [
     ({"engine": "gptqmodel"}, ENGINE_WANTS),
     ({"engine": "gptqmodel", "method": "gptq"}, ENGINE_WANTS),
     ({"engine": "gptqmodel", "format": "gptq"}, ENGINE_WANTS),
-    *((ENGINE | {"scales": scales}, "can have engine: gptqmodel only with scales: none") for scales in ("mse", "activation", "judged")),
+    *((ENGINE | {"scales": scales}, "can have engine: gptqmodel only with scales: none, as it chooses its own") for scales in ("activation", "judged")),
     ({"bytes_per_weight": 1.0, "group_size": 128}, BUDGET_GROUPS),
     ({"bytes_per_weight": 1.0, "group_size": 32, "bits": 8}, BUDGET_GROUPS),
 ]  # fmt: skip
@@ -121,6 +121,11 @@ def test_contradictions_are_refused(given, said):
 @pytest.mark.parametrize("given", [{"type": "float"}, {"activations": "dynamic"}], ids=str)
 def test_what_is_in_the_way_of_eight_bits_is_named(given):
     assert "bytes_per_weight" in refusal(given | {"bits": 8, "bytes_per_weight": 1.0}).problem
+
+
+@pytest.mark.parametrize("given", [{}, {"scales": "none"}, {"scales": "mse"}], ids=str)
+def test_an_engine_that_chooses_its_own_scales_goes_with_the_default(given):
+    assert chosen(**ENGINE, **given).scales == given.get("scales", "mse")
 
 
 WRONG = [
@@ -412,7 +417,7 @@ def test_a_budget_below_the_least_choice_is_refused(family, models):
     numbers = sum(linear.outputs * linear.inputs for linear in linears)
     least = stored_bytes(linears, Grid(4, 128), chosen(), torch.bfloat16)
     short = refuses(model, chosen(bytes_per_weight=(least - 0.5) / numbers))
-    assert short == f"even int4 with groups of 128 takes {least / numbers:.3f} bytes per weight of it; raise bytes_per_weight"
+    assert short == f"the fewest bits that fit take {least / numbers:.3f} bytes per weight of it; raise bytes_per_weight"
     assert refuses(model, chosen(bytes_per_weight=(least + 0.5) / numbers)) is None
 
 

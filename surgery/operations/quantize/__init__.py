@@ -14,7 +14,7 @@ from surgery.architectures import Model
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.checkpoint.expressions import Computed, Tensors, TensorSpec
 from surgery.operations.base import Measuring, Operation, Statistics
-from surgery.operations.quantize.budget import CHOICES, best_uniform, budget_bytes, choice_bytes
+from surgery.operations.quantize.budget import best_uniform, budget_bytes, least_bytes
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import (
     Linear,
@@ -60,10 +60,10 @@ def refuses(model: Model, settings: QuantizeSettings) -> str | None:
     left += [module for module in targets.dense if ".experts." in module]
     if left:
         return f"{left[0]} would stay as it is, and transformers 5 loads experts beside packed weights only if packed"
-    least = choice_bytes(targets.linears, CHOICES[0], settings)
+    least = least_bytes(targets, settings)
     if settings.bytes_per_weight is not None and least > budget_bytes(targets, settings):
         least_each = least / sum(linear.outputs * linear.inputs for linear in targets.linears)
-        return f"even int4 with groups of 128 takes {least_each:.3f} bytes per weight of it; raise bytes_per_weight"
+        return f"the fewest bits that fit take {least_each:.3f} bytes per weight of it; raise bytes_per_weight"
     if not any(grid is not None for grid in grids.values()):
         return "no matrix of it fits this format and group_size: see which sizes they must divide in docs/quantize.md"
     return None

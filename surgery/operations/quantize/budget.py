@@ -43,6 +43,14 @@ def budget_bytes(targets: Targets, settings: QuantizeSettings) -> int:
     return int(numbers * (settings.bytes_per_weight or 0))
 
 
+def least_bytes(targets: Targets, settings: QuantizeSettings) -> int:
+    """What the smallest choice of every unit takes."""
+    return sum(
+        min(choice_bytes(linears, choice, settings) for choice in choices_for(linears))
+        for linears in units_of(targets).values()
+    )
+
+
 def best_uniform(targets: Targets, settings: QuantizeSettings) -> dict[str, Grid | None]:
     """The most bytes that one choice for all can use within the budget; the least choice where none fits."""
     budget = budget_bytes(targets, settings)

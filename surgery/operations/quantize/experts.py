@@ -123,7 +123,7 @@ class Traffic:
 
     def spread(self, count: int) -> Tensor:
         """At most `count` rows, evenly spread."""
-        at = torch.linspace(0, len(self.hidden) - 1, min(count, len(self.hidden))).round().long()
+        at = torch.linspace(0, len(self.hidden) - 1, min(count, len(self.hidden)), dtype=torch.float64).round().long()
         return self.hidden[at]
 
 

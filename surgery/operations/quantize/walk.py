@@ -228,7 +228,8 @@ def _call_order(
             if any(linear in group for group in groups):
                 return
             for known, group in zip(inputs, groups, strict=True):
-                if known.numel() and known.data_ptr() == entering.data_ptr() and known.shape[-1] == entering.shape[-1]:
+                same = known.numel() == entering.numel() and known.shape[-1] == entering.shape[-1]
+                if same and known.numel() and known.data_ptr() == entering.data_ptr():
                     group.append(linear)
                     return
             inputs.append(entering)  # held, so that no other input takes its place in memory
