@@ -201,7 +201,7 @@ def undivided(checkpoint: Path, group_size: int | None, ignore: list[str]) -> li
     names = []
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+            shapes = {name: opened.get_slice(name).get_shape() for name in list(opened.keys())}
         for module, name in match_quantizable_tensors(shapes, DENSE + ignore, ["Linear"]):
             if shapes[name][-1] % (group_size or 32):
                 names.append(module)
