@@ -1,4 +1,4 @@
-"""What the benchmark of rounding shares: a base in 16 bits, its texts as windows, conversions, rivals, and what is left.
+"""What the benchmark of rounding shares: a base in 16 bits, texts as windows, conversions, rivals, and what is left.
 
 Every result is decoded by hand into dense float32 weights and run by the same code, whoever wrote it, so that no
 kernel's arithmetic is in a figure.
@@ -81,7 +81,8 @@ class Bench:
         grimm = [str((data / "text" / "grimm.txt").absolute())]
         if self.name.startswith("builtin:"):
             mixed = self.name == "builtin:moe"
-            held = [document for domain in (DOMAINS if mixed else DOMAINS[:1]) for document in heldout_documents(domain)]
+            domains = DOMAINS if mixed else DOMAINS[:1]
+            held = [document for domain in domains for document in heldout_documents(domain)]
             other = grimm if mixed else self._jsonl("code", heldout_documents("code"))
             return "builtin:mixed" if mixed else "builtin", self._jsonl("held_out", held), other
         raw = (data / "text" / "tinystories.txt").read_bytes()
@@ -124,7 +125,8 @@ class Bench:
         manifest = self.work / "manifest.json"
         manifest.write_text(json.dumps(self._manifest({**settings, "engine": "gptqmodel"}, seed)))
         out = self.work / "out"
-        command = [str(python), "-m", "surgery", "convert", str(self.base), str(out), "-q", "--overwrite", "-m", str(manifest)]
+        places = [str(self.base), str(out)]
+        command = [str(python), "-m", "surgery", "convert", *places, "-q", "--overwrite", "-m", str(manifest)]
         with tempfile.TemporaryDirectory(dir=self.work) as fresh:
             return out, {"seconds": run(python, [*command, "--statistics", fresh])}
 

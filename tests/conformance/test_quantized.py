@@ -22,11 +22,11 @@ from tests.tiny import FAMILIES, MOE_FAMILIES, write_tiny
 from tests.tiny_moe import MOE_ONLY
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "int4": {"group_size": 32},
+    "int4": {"group_size": 32, "scales": "none"},
     "int8": {"bits": 8},
     "fp8": {"bits": 8, "type": "float"},
     "w8a8": {"bits": 8, "activations": "dynamic"},
-    "gptq": {"method": "gptq", "group_size": 32},
+    "gptq": {"method": "gptq", "group_size": 32, "scales": "none"},
 }
 FUSED = ("gpt_oss", "granitemoe")  # experts in three dimensions, which stay dense
 SEPARATE = tuple(family for family in (*MOE_FAMILIES, *MOE_ONLY) if family not in FUSED)
@@ -47,6 +47,8 @@ MORE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2_moe-int4_narrow": ("qwen2_moe", RECIPES["int4"], {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 24}),
     "llama-int4_odd": ("llama", RECIPES["int4"], {"intermediate_size": 68}),  # no whole words: stays dense
     "llama-int4_mse": ("llama", RECIPES["int4"] | {"scales": "mse"}, {}),
+    "qwen2_moe-int4_mse": ("qwen2_moe", RECIPES["int4"] | {"scales": "mse"}, {}),
+    "qwen3_moe-gptq_defaults": ("qwen3_moe", {"method": "gptq"}, {}),
     "llama-int4_ignore": ("llama", RECIPES["int4"] | {"ignore": [r"layers\.0\..*down_proj$", "v_proj"]}, {}),
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
