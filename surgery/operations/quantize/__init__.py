@@ -35,13 +35,18 @@ PIECE = 1 << 18
 # What rounding and packing a number takes meanwhile.
 WORK_PER_NUMBER = 48
 EXPERTS_LOAD = (
-    "transformers 5.0 to 5.12 cannot unpack experts and leaves them random, with a warning only: load this with 4.56, "
-    "4.57, or 5.15 and later"
+    "transformers 5.0 to 5.9 cannot unpack experts and leaves them random, with a warning only: load this with 4.56, "
+    "4.57, or 5.13 and later"
 )
 LIMIT = (
     "Weight files shrink. transformers on a CPU unpacks them when it loads, so memory there is that of 16 bits; "
     "engines that compute on packed weights, such as vLLM, were not tried."
 )
+RELEASES = (
+    "Files of compressed-tensors were loaded with transformers 4.56, 4.57 and 5; 4.53 and 4.54 with compressed-tensors "
+    "0.15 or newer leave the packed weights random, with a warning only."
+)
+OUTER = "They are unpacked when the whole model first runs: call the model once before any inner part of it alone."
 
 
 def refuses(model: Model, settings: QuantizeSettings) -> str | None:
@@ -208,7 +213,7 @@ OPERATION = Operation(
     measures=lambda settings: settings.calibrates,
     measure=measure,
     by_layers=lambda settings: settings.engine == "surgery",
-    limits=(LIMIT,),
+    limits=(LIMIT, RELEASES, OUTER),
     quantizes=True,
     packages=lambda settings: FORMATS[settings.format].packages,
     after=frozenset({"kv_latent", "expert_prune", "expert_top_k", "heal", "smooth", "rotate"}),

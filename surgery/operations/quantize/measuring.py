@@ -92,11 +92,12 @@ def _ground(measuring: Measuring, settings: QuantizeSettings, targets: Targets) 
             "quantize was given no layers", cause="`by_layers` was not asked", remedy="report this as a defect"
         )
     count = len(measuring.windows)
-    held = min(max(count // HELD_OUT, 1), MOST_HELD_OUT) if count > 1 else 0
-    judges = settings.bytes_per_weight or "judged" in {settings.scales, settings.bias_correction}
-    if held == 0 and judges:
+    judges = settings.bytes_per_weight is not None or "judged" in {settings.scales, settings.bias_correction}
+    least = 2 if judges else 1  # an error of a difference takes two
+    held = min(max(count // HELD_OUT, least), MOST_HELD_OUT) if count > 1 else 0
+    if judges and count <= least:
         raise UsageError(
-            "there is one window of calibration text", cause="a choice that is judged needs a second one, held out",
+            f"there are {count} windows of calibration text", cause="a choice that is judged needs two more, held out",
             remedy="raise calibration.samples",
         )  # fmt: skip
     # Held-out windows are spread over the text, as the others are.
