@@ -218,6 +218,11 @@ class Output(_Section):
         return None if self.shard_size == "keep" else parse_size(self.shard_size)
 
 
+def tuple_of_list(value: Any) -> Any:
+    """A list of a document as the tuple that a frozen section holds."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 QuantizedCache: TypeAlias = Literal["fp8", "hqq-8", "hqq-4", "hqq-2", "quanto-4", "quanto-2"]
 
 
@@ -230,8 +235,8 @@ class Verify(_Section):
     max_perplexity_ratio: float | None = Field(
         default=None, gt=0, lt=1e6, description="the result's perplexity over the base's may be at most this"
     )
-    quantized_cache: list[QuantizedCache] = Field(
-        default=[],
+    quantized_cache: Annotated[tuple[QuantizedCache, ...], BeforeValidator(tuple_of_list)] = Field(
+        default=(),
         description="kinds of transformers' quantized KV cache whose cost is measured; a card recommends one only "
         "where it costs at most 0.01 nats per token",
     )

@@ -429,7 +429,7 @@ def describe(
         + SMALL_FILES_BYTES,
         peak_memory=max(
             _peak_memory(draft, workers),
-            _measuring_memory(checkpoint, draft, manifest) if calibrates(manifest.steps) else 0,
+            _calibration_memory(checkpoint, draft, manifest) if calibrates(manifest.steps) else 0,
             _reading_memory(checkpoint) if any(step.weights_only for step in manifest.steps) else 0,
             _training_memory(checkpoint, parameters.trained) if trains else 0,
         ),
@@ -534,10 +534,34 @@ def _peak_memory(draft: Draft, workers: int) -> int:
     return INTERPRETER_BYTES + (TORCH_BYTES + workers * max(peaks) if peaks else 0) + workers * (8 << 20)
 
 
+def _calibration_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) -> int:
+    """The largest of what the measuring steps take. Models with experts are loaded whole: transformers fuses these."""
+    steps = [step for step in manifest.steps if step.measures and not step.weights_only]
+    walked = [step.operation.by_layers(step.settings) and draft.model.architecture.experts is None for step in steps]
+    whole = 0 if all(walked) else _measuring_memory(checkpoint, draft, manifest)
+    return max(whole, _walked_memory(checkpoint, draft, manifest) if any(walked) else 0)
+
+
 def _measuring_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) -> int:
     """Bound of calibration: the model in fp32 where that is small, and a handful of residual streams."""
     tokens = manifest.calibration.samples * manifest.calibration.length
     return INTERPRETER_BYTES + 2 * TORCH_BYTES + _loaded_bytes(checkpoint) + 8 * tokens * draft.model.hidden_size * 4
+
+
+def _walked_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) -> int:
+    """Estimate for measuring layer by layer: embeddings, a layer and its copy, and six times the inputs squared."""
+    before, _, _ = draft.model.architecture.layers.partition("{layer}")
+    layers: Counter[str] = Counter()
+    widest = outside = 0
+    for info in checkpoint.tensors.values():
+        if info.name.startswith(before):
+            layers[info.name[len(before) :].partition(".")[0]] += element_count(info.shape)
+            widest = max(widest, info.shape[-1] if len(info.shape) == 2 else 0)
+        else:
+            outside = max(outside, element_count(info.shape))
+    batch = 16 * manifest.calibration.length * widest
+    numbers = outside + 3 * max(layers.values(), default=0) + 6 * widest**2 + 4 * batch
+    return INTERPRETER_BYTES + 2 * TORCH_BYTES + 4 * numbers
 
 
 def _reading_memory(checkpoint: Checkpoint) -> int:

@@ -60,7 +60,6 @@ def check_packages(manifest: Manifest) -> None:
                     remedy=f'pip install "{wanted}", or do without verification: verify: false, or --no-verify',
                 )
 
-
     for kind in manifest.verify.quantized_cache:
         backend = kind.partition("-")[0]
         module, wanted = CACHE_BACKENDS.get(backend, ("torch", ""))

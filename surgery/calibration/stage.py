@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -145,7 +145,7 @@ def _fingerprint(checkpoint: Checkpoint, step: Step, calibration: Calibration) -
         "base": checkpoint.fingerprint(),
         "operation": step.operation.name,
         "settings": step.operation.measured_by(step.settings),
-        "versions": [__version__, version("torch")],
+        "versions": [__version__, *(_version(name) for name in ("torch", "transformers", "gptqmodel", "optimum"))],
     }
     if not step.weights_only:
         facts |= {
@@ -156,6 +156,13 @@ def _fingerprint(checkpoint: Checkpoint, step: Step, calibration: Calibration) -
             "seed": calibration.seed,
         }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _windows(checkpoint: Checkpoint, calibration: Calibration, network: Any) -> Windows:

@@ -51,11 +51,14 @@ def store_statistics(path: Path, found: Statistics) -> Statistics:
         specs = {name: _spec(found.tensors[name]) for name in sorted(found.tensors)}
         ordered = sorted(specs, key=lambda name: -BITS[specs[name].dtype])  # so that every tensor is aligned
         metadata = {"facts": json.dumps(found.facts), "fingerprint": found.fingerprint}
-        with temporary.open("wb") as file:  # one tensor at a time: together they may be as large as the model
-            file.write(header_bytes({name: specs[name] for name in ordered}, metadata))
-            for name in ordered:
-                file.write(to_bytes(found.tensors[name]))
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:  # one tensor at a time: together they may be as large as the model
+                file.write(header_bytes({name: specs[name] for name in ordered}, metadata))
+                for name in ordered:
+                    file.write(to_bytes(found.tensors[name]))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return load_statistics(path)
 
 

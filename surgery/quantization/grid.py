@@ -88,7 +88,7 @@ def _codes(scaled: Tensor, grid: Grid) -> Tensor:
     if grid.kind == "float":
         return scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
     half = 2 ** (grid.bits - 1)
-    return scaled.round().clamp(-half, half - 1).to(torch.int8)
+    return scaled.round_().clamp_(-half, half - 1).to(torch.int8)  # `scaled` was made for this
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

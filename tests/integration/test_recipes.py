@@ -24,6 +24,11 @@ EXPECTED = {
     "kv-latent-paper": (0.5, False),
     "kv-latent-stock": (0.5, True),
     "passthrough": (1.0, True),
+    "quantize-int4": (1.0, True),
+    "quantize-no-data": (1.0, True),
+    "rotate": (1.0, True),
+    "smooth": (1.0, True),
+    "variants": (0.75, False),
 }
 
 

@@ -102,7 +102,7 @@ CONTRADICTIONS = [
     ({"engine": "gptqmodel"}, ENGINE_WANTS),
     ({"engine": "gptqmodel", "method": "gptq"}, ENGINE_WANTS),
     ({"engine": "gptqmodel", "format": "gptq"}, ENGINE_WANTS),
-    *((ENGINE | {"scales": scales}, "can have engine: gptqmodel only with scales: none, as it chooses its own") for scales in ("activation", "judged")),
+    *((ENGINE | {"scales": scales}, "can have engine: gptqmodel only without scales, which it chooses itself") for scales in ("activation", "judged")),
     ({"bytes_per_weight": 1.0, "group_size": 128}, BUDGET_GROUPS),
     ({"bytes_per_weight": 1.0, "group_size": 32, "bits": 8}, BUDGET_GROUPS),
 ]  # fmt: skip

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery.architectures import Model
-from surgery.checkpoint.dtypes import TORCH_NAMES
+from surgery.checkpoint.dtypes import FLOATING, TORCH_NAMES
 from surgery.checkpoint.expressions import Computed, Tensors, TensorSpec
+from surgery.errors import UnsupportedModel
 from surgery.operations.base import Measuring, Operation, Statistics
 from surgery.operations.quantize.budget import best_uniform, budget_bytes, least_bytes
 from surgery.operations.quantize.settings import QuantizeSettings
@@ -51,7 +52,7 @@ OUTER = "They are unpacked when the whole model first runs: call the model once 
 
 def refuses(model: Model, settings: QuantizeSettings) -> str | None:
     """Why the operation does not fit, or None."""
-    if model.config.get("quantization_config"):
+    if any(model.config.get(key) is not None for key in ("quantization_config", "compression_config")):
         return "it is quantized already, and rounding rounded weights adds up; start from the base in 16 bits"
     targets = find_targets(model, settings.ignore)
     if not targets.linears:
@@ -78,6 +79,7 @@ def edit(draft: Draft, settings: QuantizeSettings, statistics: Statistics | None
     """Round every matrix that the settings and the measurement name, and say so in the config."""
     model, form = draft.model, FORMATS[settings.format]
     targets = find_targets(model, settings.ignore)
+    _check_types(draft, targets)
     grids = uniform_grids(targets, settings) if statistics is None else measured_grids(statistics)
     if statistics is None and settings.bytes_per_weight is not None:
         grids = best_uniform(targets, settings)  # about as many bytes, while nothing is measured yet
@@ -92,6 +94,17 @@ def edit(draft: Draft, settings: QuantizeSettings, statistics: Statistics | None
         }
         draft.notes += statistics.facts["notes"]
     draft.notes += _notes(targets, grids)
+
+
+def _check_types(draft: Draft, targets: Targets) -> None:
+    """Raise UnsupportedModel for matrices that are not floating numbers of 16 bits or more: rounded ones among them."""
+    for linear in targets.linears:
+        dtype = draft.spec(linear.weight).dtype
+        if dtype not in FLOATING:
+            raise UnsupportedModel(
+                f"{linear.weight!r} is stored as {dtype}", cause="only F16, BF16, F32 and F64 are rounded",
+                remedy=f"start from a base in 16 bits, or leave it as it is: ignore: ['{linear.module}$']",
+            )  # fmt: skip
 
 
 def measured_grids(statistics: Statistics) -> dict[str, Grid | None]:
@@ -137,7 +150,7 @@ def _round(
     width = max(linear.inputs for linear in linears)
     draft.rewrite(
         [linear.weight for linear in linears], outputs, function, why=f"quantize by {settings.method}",
-        work_bytes=WORK_PER_NUMBER * max(PIECE, width),
+        work_bytes=WORK_PER_NUMBER * max(PIECE, 32 * width),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.operations.quantize.targets import Linear, Targets, grids_for, uniform_grids
@@ -29,10 +29,10 @@ def choices_for(linears: Sequence[Linear]) -> tuple[Grid | None, ...]:
     return CHOICES[:-1] if linears[0].expert else CHOICES
 
 
-def units_of(targets: Targets) -> dict[str, list[Linear]]:
+def units_of(linears: Iterable[Linear]) -> dict[str, list[Linear]]:
     """Linear modules that are rounded alike, by the name of their unit."""
     units: dict[str, list[Linear]] = {}
-    for linear in targets.linears:
+    for linear in linears:
         units.setdefault(linear.unit, []).append(linear)
     return units
 
@@ -46,17 +46,26 @@ def budget_bytes(targets: Targets, settings: QuantizeSettings) -> int:
 def least_bytes(targets: Targets, settings: QuantizeSettings) -> int:
     """What the smallest choice of every unit takes."""
     return sum(
-        min(choice_bytes(linears, choice, settings) for choice in choices_for(linears))
-        for linears in units_of(targets).values()
+        choice_bytes(linears, _least_choice(linears, settings), settings)
+        for linears in units_of(targets.linears).values()
     )
 
 
 def best_uniform(targets: Targets, settings: QuantizeSettings) -> dict[str, Grid | None]:
-    """The most bytes that one choice for all can use within the budget; the least choice where none fits."""
+    """The most bytes that one choice for all can use within the budget; the least of every unit where none fits."""
     budget = budget_bytes(targets, settings)
-    fits = [c for c in CHOICES if choice_bytes(targets.linears, c, settings) <= budget]
-    chosen = max(fits, key=lambda c: choice_bytes(targets.linears, c, settings), default=CHOICES[0])
-    return uniform_grids(targets, settings, chosen) if chosen else dict.fromkeys(li.module for li in targets.linears)
+    fits = [c for c in CHOICES[:-1] if choice_bytes(targets.linears, c, settings) <= budget]
+    if fits:
+        chosen = max(fits, key=lambda c: choice_bytes(targets.linears, c, settings))
+        return uniform_grids(targets, settings, chosen)
+    grids: dict[str, Grid | None] = {}
+    for linears in units_of(targets.linears).values():
+        grids |= grids_for(linears, _least_choice(linears, settings), settings)
+    return grids
+
+
+def _least_choice(linears: Sequence[Linear], settings: QuantizeSettings) -> Grid | None:
+    return min(choices_for(linears), key=lambda choice: choice_bytes(linears, choice, settings))
 
 
 def allocate_by_gain(costs: Sequence[Mapping[int, float]], budget: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ ENOUGH = 2
 # Tokens per input that stand for all of a layer's, where those of an expert are too few.
 SHARED = 4
 TOLERANCE = 1e-3
+# Rows that go through an expert at once.
+AT_ONCE = 4096
 # Gate, up and down, as families call them.
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -159,10 +162,10 @@ def round_experts(
     Yields the matrices that were not rounded for an expert's own tokens, with the reason.
     """
 
-    def moments(rows: Tensor) -> Moments:
-        made = Moments.empty(rows.shape[1], device, full=full and len(rows) >= rows.shape[1])
-        for part in rows.split(8192):
-            made.see(part)
+    def moments(inputs: int, rows: Tensor, enters: Callable[[Tensor], Tensor] = lambda part: part) -> Moments:
+        made = Moments.empty(inputs, device, full=full and len(rows) >= inputs)
+        for part in rows.split(AT_ONCE):
+            made.see(enters(part))
         return made
 
     for expert, (gate, up, down) in enumerate(found.names):
@@ -173,9 +176,9 @@ def round_experts(
             reason = f"{len(rows)} tokens chose it: rounded for all tokens of the layer"
             rows = seen.spread(SHARED * widest)
         rows = rows.to(device)
-        inputs = moments(rows)
+        inputs = moments(gate.inputs, rows)
         for linear, weight in ((gate, weights[0]), (up, weights[1])):
             settle(linear, weight, inputs)
-        settle(down, weights[2], moments(found.between(rows, expert)))
+        settle(down, weights[2], moments(down.inputs, rows, partial(found.between, expert=expert)))
         if reason:
             yield from ((linear, reason) for linear in (gate, up, down))

@@ -136,8 +136,11 @@ def _best(ground: Ground, targets: Targets, reference: Tensor) -> tuple[Walked, 
         found = walk(ground, recipe_now, name, reference)
         judgement = _judge(name, best, found)
         judged.append(judgement)
+        loser = best if judgement.kept else found
         if judgement.kept:
             best, recipe = found, recipe_now
+        for path in loser.files:  # as large as half the model
+            path.unlink()
     return best, judged
 
 

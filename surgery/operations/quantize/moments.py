@@ -28,7 +28,7 @@ class Moments:
         flat = rows.reshape(-1, rows.shape[-1]).float()
         if self.full is not None:
             self.full.addmm_(flat.t(), flat)
-        self.squares += flat.square().sum(0)
+        self.squares += torch.linalg.vector_norm(flat, dim=0).square()
         self.sums += flat.sum(0)
         self.count += len(flat)
 

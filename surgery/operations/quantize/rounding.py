@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,10 +25,6 @@ class Recipe:
     grids: Mapping[str, Grid | None]
     scales: Scales
     biases: bool = False
-
-    def with_grid(self, modules: Mapping[str, Grid | None]) -> Recipe:
-        """The same with other grids for some modules."""
-        return replace(self, grids={**self.grids, **modules})
 
 
 @dataclass(frozen=True)

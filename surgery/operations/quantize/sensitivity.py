@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def sensible_grids(ground: Ground, targets: Targets, recipe: Recipe, budget: int
     The damage of a choice for one part is the divergence from the model as it is, with nothing else rounded, on windows
     of the calibration text.
     """
-    units, settings = units_of(targets), ground.settings
+    units, settings = units_of(targets.linears), ground.settings
     sizes = {
         unit: [choice_bytes(linears, choice, settings) for choice in choices_for(linears)]
         for unit, linears in units.items()
@@ -63,8 +63,9 @@ def _damages(ground: Ground, units: dict[str, list[Linear]]) -> dict[str, list[f
                     with _Replaced(ground, call, number, mine, grids_for(linears, choice, ground.settings)):
                         outcomes.append(_run(ground, call, hidden))
                     names.append((unit, at))
-        whole, *others = _predictions(ground, torch.stack(outcomes), number + 1)
-        for (unit, at), found in zip(names, others, strict=True):
+        predictions = _predictions(ground, torch.stack(outcomes), number + 1)
+        whole = next(predictions)
+        for (unit, at), found in zip(names, predictions, strict=True):
             damage[unit][at] += float((whole.exp() * (whole - found)).sum(-1).mean())
         advance(ground, call, hidden)
         ground.step()
@@ -75,17 +76,15 @@ def _run(ground: Ground, call: LayerCall, hidden: Tensor) -> Tensor:
     return torch.cat([call.run(part.to(ground.layers.device)).cpu() for part in hidden.split(BATCH)])
 
 
-def _predictions(ground: Ground, hidden: Tensor, first: int) -> Tensor:
-    """Log-probabilities [C, N * P, V] of C alternatives [C, N, T, D] that enter layer `first`."""
+def _predictions(ground: Ground, hidden: Tensor, first: int) -> Iterator[Tensor]:
+    """Log-probabilities [N * P, V] of each alternative of [C, N, T, D] that enter layer `first`, one at a time."""
     flat = hidden.flatten(0, 1)
     for number in range(first, ground.count):
         flat = _run(ground, LayerCall(ground.layers.layer(number), ground.keywords[number]), flat)
-    spread = flat[:, :: max(flat.shape[1] // POSITIONS, 1)]
+    spread = flat[:, :: max(flat.shape[1] // POSITIONS, 1)].reshape(len(hidden), -1, flat.shape[-1])
     with ground.layers.exit() as logits:
-        found = torch.cat(
-            [logits(part.to(ground.layers.device)).float().log_softmax(-1).cpu() for part in spread.split(BATCH)]
-        )
-    return found.view(len(hidden), -1, found.shape[-1])
+        for alternative in spread:
+            yield logits(alternative.to(ground.layers.device)).float().log_softmax(-1).cpu()
 
 
 class _Replaced:

@@ -111,7 +111,7 @@ class QuantizeSettings(Settings):
             (self.engine == "gptqmodel" and not (own and self.method == "gptq"),
              "can have engine: gptqmodel only with method: gptq and format: gptq"),
             (self.engine == "gptqmodel" and self.scales not in {"none", "mse"},
-             "can have engine: gptqmodel only with scales: none, as it chooses its own"),
+             "can have engine: gptqmodel only without scales, which it chooses itself"),
             (self.bytes_per_weight is not None and not channel,
              "can have bytes_per_weight only without group_size: groups of 32 and 128 are what it chooses among"),
         ]  # fmt: skip

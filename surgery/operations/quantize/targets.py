@@ -76,6 +76,8 @@ def find_targets(model: Model, ignore: list[str]) -> Targets:
         path, _, last = inside.rpartition(".")
         if len(shape) == 3:
             fused.append(name)
+        elif len(shape) == 2 and 0 in shape:
+            dense.append(module)
         elif len(shape) == 2:
             chooses = inside == router or last in CHOOSING
             thin = last.endswith(FACTORS) and min(shape) < THIN

@@ -7,8 +7,8 @@ order in which they are called, each group seeing what the ones before it became
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from surgery.calibration.layers import BATCH, LayerCall
 from surgery.calibration.streamed import Layers
 from surgery.checkpoint.dtypes import TORCH_NAMES
 from surgery.errors import CorruptCheckpoint, UnsupportedModel
-from surgery.operations.quantize.experts import fused_experts, round_experts, traffic
+from surgery.operations.quantize.budget import units_of
+from surgery.operations.quantize.experts import ENOUGH, fused_experts, round_experts, traffic
 from surgery.operations.quantize.moments import Moments
 from surgery.operations.quantize.rounding import Found, Recipe, round_matrix
 from surgery.operations.quantize.settings import QuantizeSettings
@@ -176,7 +177,7 @@ def _round_layer(
     full = ground.settings.method == "gptq"
     for group in _call_order(ground, call, rounded_ones, stream):
         moments = _moments(ground, call, rounded_ones[group[0]], stream, full=full)
-        for unit in _units(group):
+        for unit in units_of(group).values():
             tensors |= _settle_unit(ground, recipe, unit, rounded_ones, moments, found)
     apart = [linear for linear in apart if recipe.grids[linear.module] is not None]
     experts = fused_experts(call.layer, number, apart)
@@ -259,13 +260,6 @@ def _moments(ground: Ground, call: LayerCall, module: nn.Linear, stream: Tensor,
     return moments
 
 
-def _units(group: Sequence[Linear]) -> Iterator[list[Linear]]:
-    units: dict[str, list[Linear]] = {}
-    for linear in group:
-        units.setdefault(linear.unit, []).append(linear)
-    yield from units.values()
-
-
 def _settle_unit(
     ground: Ground,
     recipe: Recipe,
@@ -276,6 +270,8 @@ def _settle_unit(
 ) -> dict[str, Tensor]:
     """Round modules that go together, in 8 bits where their outputs would be off by too much."""
     settings = ground.settings
+    if unit[0].expert and moments.count < ENOUGH * unit[0].inputs:  # a rank-poor full matrix would mislead
+        moments = replace(moments, full=None)
 
     def all_of(grids: Mapping[str, Grid | None]) -> dict[Linear, Found]:
         return {
