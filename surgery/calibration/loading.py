@@ -58,7 +58,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(checkpoint.folder))
+        return AutoTokenizer.from_pretrained(str(checkpoint.folder), trust_remote_code=checkpoint.remote_code)
     except (OSError, ValueError) as error:
         raise UsageError(
             "the base has no tokenizer that loads", cause=f"{type(error).__name__}: {error}",

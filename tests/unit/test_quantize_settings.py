@@ -254,7 +254,7 @@ def in_layers(names, layers=range(2)):
 
 def grouped(targets):
     """The modules of each unit, whatever units are called."""
-    return sorted(sorted(linear.module for linear in linears) for linears in units_of(targets).values())
+    return sorted(sorted(linear.module for linear in linears) for linears in units_of(targets.linears).values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
