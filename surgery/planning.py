@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.architectures import Architecture, Model, find_architecture, find_family
+from surgery.architectures.family import layer_pattern
 from surgery.checkpoint.dtypes import FLOATING, SAFETENSORS_NAMES, TORCH_NAMES, element_count
 from surgery.checkpoint.expressions import Computed, Rewrite, Rows, Stored, Tensors, TensorSpec, Value, sources
 from surgery.checkpoint.layout import index_bytes, lay_out
@@ -550,12 +551,13 @@ def _measuring_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) 
 
 def _walked_memory(checkpoint: Checkpoint, draft: Draft, manifest: Manifest) -> int:
     """Estimate for measuring layer by layer: embeddings, a layer and its copy, and six times the inputs squared."""
-    before, _, _ = draft.model.architecture.layers.partition("{layer}")
+    pattern = layer_pattern(draft.model.architecture.layers)
     layers: Counter[str] = Counter()
     widest = outside = 0
     for info in checkpoint.tensors.values():
-        if info.name.startswith(before):
-            layers[info.name[len(before) :].partition(".")[0]] += element_count(info.shape)
+        match = pattern.match(info.name)
+        if match:
+            layers[match[1]] += element_count(info.shape)
             widest = max(widest, info.shape[-1] if len(info.shape) == 2 else 0)
         else:
             outside = max(outside, element_count(info.shape))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -90,3 +92,9 @@ class Architecture(_Data):
         "linearly. Without it, operations that change the basis of the stream, or the scale of channels, refuse",
     )
     experts: Experts | None = None
+
+
+@lru_cache(maxsize=64)
+def layer_pattern(template: str) -> re.Pattern[str]:
+    """Matches the beginning of the names of tensors in layers, by an architecture's `layers`; group 1 is the number."""
+    return re.compile(re.escape(template).replace(r"\{layer\}", r"(\d+)") + r"\.")

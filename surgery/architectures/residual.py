@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from surgery.architectures.family import Experts
+from surgery.architectures.family import Experts, layer_pattern
 from surgery.architectures.model import Model
 from surgery.errors import CorruptCheckpoint
 
@@ -116,16 +116,17 @@ def residual_stream(model: Model) -> Stream | str:
     stem = model.architecture.layers.partition("layers.{layer}")[0]
     norm, embedding, head = f"{stem}norm.weight", f"{stem}embed_tokens.weight", "lm_head.weight"
     outside: dict[str, Use | None] = {embedding: Use(embedding, 1), head: Use(head, 1, norm), norm: None}
-    pattern = re.compile(re.escape(model.architecture.layers).replace(r"\{layer\}", r"(\d+)") + r"\.(.+)")
+    pattern = layer_pattern(model.architecture.layers)
     known = _layer(model)
     uses: list[Use | None] = []
     drafts: list[str] = []
     for name in model.shapes:
-        match = pattern.fullmatch(name)
+        match = pattern.match(name)
+        inner = name[match.end() :] if match else ""
         if match and int(match[1]) >= model.num_hidden_layers:
             drafts.append(name)
-        elif match and known.knows(match[2]):
-            uses.append(known.use(name, match[2]))
+        elif match and known.knows(inner):
+            uses.append(known.use(name, inner))
         elif name in outside:
             uses.append(outside[name])
         else:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery.checkpoint.dtypes import byte_count
-
 FLOAT8_MAX = 448.0
 
 
@@ -25,9 +23,9 @@ class Grid:
         """How many scales a row of `inputs` numbers has."""
         return 1 if self.group_size is None else inputs // self.group_size
 
-    def nbytes(self, shape: tuple[int, ...], scale_dtype: str) -> int:
-        """Bytes of the codes and scales of a matrix [out, in]; `scale_dtype` is a safetensors name."""
-        return shape[0] * shape[1] * self.bits // 8 + byte_count(scale_dtype, (shape[0], self.groups(shape[1])))
+    def nbytes(self, outputs: int, inputs: int, width: int) -> int:
+        """Bytes of the codes and scales of a matrix; `width` is those of one scale."""
+        return outputs * inputs * self.bits // 8 + outputs * self.groups(inputs) * width
 
     @property
     def reach(self) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
 from surgery.architectures import Model
+from surgery.architectures.family import layer_pattern
 from surgery.errors import UnsupportedModel
 
 Group: TypeAlias = Literal["attention", "mlp", "router", "norms", "embeddings", "head", "all"]
@@ -44,7 +43,7 @@ class Selection:
 
     def inside_layers(self, model: Model) -> Selection:
         """The same without what is in no decoder layer."""
-        pattern = _layer_pattern(model.architecture.layers)
+        pattern = layer_pattern(model.architecture.layers)
         return self._where(lambda name: pattern.match(name) is not None)
 
     def _where(self, wanted: Callable[[str], bool]) -> Selection:
@@ -86,7 +85,7 @@ def group_of(model: Model, name: str) -> str:
     last = module.rpartition(".")[2]
     if "norm" in last:
         return "norms"
-    inside = _layer_pattern(model.architecture.layers).match(name)
+    inside = layer_pattern(model.architecture.layers).match(name)
     if inside is None:
         return "head" if module == "lm_head" else "embeddings"
     if name.startswith(model.architecture.attention.prefix.format(layer=inside[1]) + "."):
@@ -96,8 +95,3 @@ def group_of(model: Model, name: str) -> str:
 
 def _in(model: Model, name: str, groups: Collection[str]) -> bool:
     return bool(groups) and ("all" in groups or group_of(model, name) in groups)
-
-
-@lru_cache(maxsize=64)
-def _layer_pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{layer\}", r"(\d+)") + r"\.")

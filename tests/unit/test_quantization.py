@@ -19,6 +19,7 @@ from hypothesis import strategies as some
 from torch import nn
 
 from surgery.calibration.layers import LayerCall
+from surgery.checkpoint.dtypes import BITS
 from surgery.checkpoint.expressions import TensorSpec
 from surgery.operations.quantize.experts import ENOUGH, SHARED, FusedExperts, Traffic, round_experts
 from surgery.operations.quantize.moments import Moments
@@ -301,7 +302,7 @@ def test_powers_of_two_move_the_scale_alone(seed, grid, power, searched):
     (Grid(8, None), (5, 7), "F16", 35 + 10), (Grid(8, None, "float"), (5, 7), "F16", 35 + 10),
 ])  # fmt: skip
 def test_bytes_by_hand(grid, shape, dtype, wanted):
-    assert grid.nbytes(shape, dtype) == wanted
+    assert grid.nbytes(*shape, BITS[dtype] // 8) == wanted
 
 
 # GPTQ

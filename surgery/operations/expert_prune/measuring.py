@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgery.architectures import Model
 from surgery.architectures.experts import ExpertLayer, main_layers
+from surgery.calibration.compare import divergence
 from surgery.calibration.layers import record_calls
 from surgery.errors import CorruptCheckpoint, InternalError, UnsupportedModel
 from surgery.operations.base import Measuring, Statistics
@@ -20,7 +21,6 @@ from surgery.operations.experts.criteria import WEIGHTS_ONLY
 from surgery.operations.experts.measuring import (
     Usage,
     correction,
-    divergence,
     log_probabilities,
     measure_usage,
     run_layer,

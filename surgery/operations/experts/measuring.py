@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.calibration.compare import divergence, spread
 from surgery.calibration.layers import BATCH, LayerCall, decoder, input_device
 from surgery.errors import CorruptCheckpoint
 from surgery.operations.experts.blocks import Block, changed, watched
-
-# Token positions per window at which outputs are compared.
-POSITIONS = 64
 
 
 class Usage:
@@ -75,15 +73,8 @@ def log_probabilities(network: Any, calls: Sequence[LayerCall], hidden: Tensor) 
     """Log-probabilities [N * positions, vocabulary] of what enters the first of `calls`, at evenly spread positions."""
     for call in calls:
         hidden = run_layer(call, hidden)
-    length = hidden.shape[1]
-    at = torch.arange(0, length, max(length // POSITIONS, 1), device=hidden.device)
-    found: Tensor = network.get_output_embeddings()(decoder(network).norm(hidden[:, at]))
+    found: Tensor = network.get_output_embeddings()(decoder(network).norm(hidden[:, spread(hidden.shape[1])]))
     return found.float().log_softmax(-1).flatten(0, 1)
-
-
-def divergence(expected: Tensor, found: Tensor) -> float:
-    """KL(expected, found) in nats per token, of log-probabilities."""
-    return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
 @contextmanager
@@ -140,8 +131,7 @@ def scaled(blocks: Mapping[int, Block], factors: Mapping[int, float]) -> Iterato
 
 def logits_of(network: Any, windows: Tensor) -> Tensor:
     """Log-probabilities [N * positions, vocabulary] of the whole model, at evenly spread positions."""
-    length = windows.shape[1]
-    at = torch.arange(0, length, max(length // POSITIONS, 1))
+    at = spread(windows.shape[1])
     parts = [
         network(input_ids=part.to(input_device(network)), use_cache=False).logits[:, at].float().log_softmax(-1)
         for part in windows.split(BATCH)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.architectures import Model
+from surgery.calibration.compare import divergence
 from surgery.calibration.layers import BATCH, LayerCall, attention_traffic, decoder, record_calls, replaced_output
 from surgery.errors import CorruptCheckpoint
 from surgery.operations.allocation import predicted_cost
@@ -176,7 +177,7 @@ def _price(walk: _Walk) -> list[dict[int, float]]:
             fitted = refit_o(fit_x, candidate, fit_target) if walk.settings.refit_o else candidate  # noqa: B023
             out = _run_replaced(call, at, stream[-probes:], fitted)  # noqa: B023
             found = _log_probabilities(walk, layer + 1, out)
-            return float((expected.exp() * (expected - found)).sum(-1).mean())
+            return divergence(expected, found)
 
         keys, orders = {head: 0.0}, drop_orders(gram, len(original.w_k), free=free)
         for width in offered_widths(head, even=True)[:-1]:

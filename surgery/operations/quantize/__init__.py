@@ -7,6 +7,7 @@ input, bits by sensitivity and the judging of each on held-out text are ours.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def refuses(model: Model, settings: QuantizeSettings) -> str | None:
         return "no linear module of its layers is left to round"
     if settings.format == "gptq" and model.architecture.experts is not None:
         return "transformers loads GPTQ files of models with experts wrongly, without an error; use compressed-tensors"
-    if settings.activations == "dynamic" and any(".experts." in linear.module for linear in targets.linears):
+    if settings.activations == "dynamic" and any(linear.expert for linear in targets.linears):
         return "transformers does not load experts with rounded inputs (int-quantized); leave activations out"
     grids = uniform_grids(targets, settings)
     left = [linear.module for linear in targets.linears if linear.expert and grids[linear.module] is None]
@@ -188,10 +189,7 @@ def _correct_biases(draft: Draft, statistics: Statistics) -> None:
 
 
 def _notes(targets: Targets, grids: Mapping[str, Grid | None]) -> list[str]:
-    counts: dict[Grid | None, int] = {}
-    for grid in grids.values():
-        counts[grid] = counts.get(grid, 0) + 1
-    parts = [f"{count} matrices {_described(grid)}" for grid, count in counts.items()]
+    parts = [f"{count} matrices {_described(grid)}" for grid, count in Counter(grids.values()).items()]
     notes = [f"quantize: {', '.join(parts)}; embeddings, head, norms and routers stay"]
     if any(linear.expert for linear in targets.linears):
         notes.append(EXPERTS_LOAD)

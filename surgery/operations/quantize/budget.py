@@ -14,13 +14,10 @@ CHOICES: tuple[Grid | None, ...] = (Grid(4, 128), Grid(4, 32), Grid(8, None), No
 
 def choice_bytes(linears: Sequence[Linear], choice: Grid | None, settings: QuantizeSettings) -> int:
     """What codes and scales of some matrices take with a choice, or their numbers as they are."""
-    total = 0
-    grids = grids_for(linears, choice, settings)
+    grids, total = grids_for(linears, choice, settings), 0
     for linear in linears:
-        grid = grids[linear.module]
-        count = linear.outputs * linear.inputs
-        scales = 0 if grid is None else linear.outputs * grid.groups(linear.inputs) * linear.width
-        total += count * linear.width if grid is None else count * grid.bits // 8 + scales
+        grid, shape = grids[linear.module], (linear.outputs, linear.inputs)
+        total += shape[0] * shape[1] * linear.width if grid is None else grid.nbytes(*shape, linear.width)
     return total
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from surgery.calibration.compare import divergence, spread
 from surgery.calibration.layers import BATCH, LayerCall
 from surgery.operations.quantize.budget import allocate_by_gain, choice_bytes, choices_for, units_of
 from surgery.operations.quantize.experts import fused_experts
 from surgery.operations.quantize.rounding import Recipe
 from surgery.operations.quantize.targets import Linear, Targets, grids_for
-from surgery.operations.quantize.walk import POSITIONS, Ground, advance, entrance, linear_modules
+from surgery.operations.quantize.walk import Ground, advance, entrance, linear_modules
 from surgery.quantization.grid import decode, encode, full_scales
 from surgery.quantization.schemes import Grid
 
@@ -66,7 +67,7 @@ def _damages(ground: Ground, units: dict[str, list[Linear]]) -> dict[str, list[f
         predictions = _predictions(ground, torch.stack(outcomes), number + 1)
         whole = next(predictions)
         for (unit, at), found in zip(names, predictions, strict=True):
-            damage[unit][at] += float((whole.exp() * (whole - found)).sum(-1).mean())
+            damage[unit][at] += divergence(whole, found)
         advance(ground, call, hidden)
         ground.step()
     return damage
@@ -81,9 +82,9 @@ def _predictions(ground: Ground, hidden: Tensor, first: int) -> Iterator[Tensor]
     flat = hidden.flatten(0, 1)
     for number in range(first, ground.count):
         flat = _run(ground, LayerCall(ground.layers.layer(number), ground.keywords[number]), flat)
-    spread = flat[:, :: max(flat.shape[1] // POSITIONS, 1)].reshape(len(hidden), -1, flat.shape[-1])
+    compared = flat[:, spread(flat.shape[1])].reshape(len(hidden), -1, flat.shape[-1])
     with ground.layers.exit() as logits:
-        for alternative in spread:
+        for alternative in compared:
             yield logits(alternative.to(ground.layers.device)).float().log_softmax(-1).cpu()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.architectures import Model
+from surgery.architectures.family import layer_pattern
 from surgery.operations.quantize.settings import QuantizeSettings
 from surgery.quantization.gptq_format import inside_block
 from surgery.quantization.layout import Layout
@@ -96,12 +97,9 @@ def find_targets(model: Model, ignore: list[str]) -> Targets:
 
 def _layer(model: Model, name: str) -> int | None:
     """The decoder layer of a tensor; None outside of layers, and for draft layers, which transformers never loads."""
-    before, _, after = model.architecture.layers.partition("{layer}")
-    if not name.startswith(before):
-        return None
-    number = name[len(before) :].partition(".")[0]
-    inside = number.isdecimal() and not after and int(number) < model.num_hidden_layers
-    return int(number) if inside else None
+    match = layer_pattern(model.architecture.layers).match(name)
+    number = int(match[1]) if match else model.num_hidden_layers
+    return number if number < model.num_hidden_layers else None
 
 
 def wanted_grid(settings: QuantizeSettings) -> Grid:

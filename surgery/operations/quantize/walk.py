@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from surgery.calibration.compare import divergences, spread
 from surgery.calibration.files import mapped
 from surgery.calibration.layers import BATCH, LayerCall
 from surgery.calibration.streamed import Layers
@@ -30,8 +31,6 @@ from surgery.operations.quantize.targets import Linear, fitting
 from surgery.quantization.layout import Format
 from surgery.quantization.schemes import Grid
 
-# Token positions of a held-out window at which outputs are compared.
-POSITIONS = 64
 # What a part of a layer gets whose outputs are off by too much.
 RAISED = Grid(8, None)
 
@@ -153,7 +152,7 @@ def advance(ground: Ground, call: LayerCall, hidden: Tensor) -> None:
 
 def _log_probabilities(logits: Callable[[Tensor], Tensor], window: Tensor) -> Tensor:
     """Log-probabilities [P, V] at evenly spread positions of a window [T, D]."""
-    return logits(window[:: max(len(window) // POSITIONS, 1)]).float().log_softmax(-1)
+    return logits(window[spread(len(window))]).float().log_softmax(-1)
 
 
 def _divergence(ground: Ground, hidden: Tensor, reference: Tensor) -> Tensor:
@@ -162,7 +161,7 @@ def _divergence(ground: Ground, hidden: Tensor, reference: Tensor) -> Tensor:
     with ground.layers.exit() as logits:
         for row, window in enumerate(hidden):
             ours = _log_probabilities(logits, window.to(ground.layers.device)).cpu()
-            found.append((reference[row].exp() * (reference[row] - ours)).sum(-1).mean(dtype=torch.float64))
+            found.append(divergences(reference[row], ours).mean(dtype=torch.float64))
     return torch.stack(found)
 
 
