@@ -19,6 +19,7 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery import operations
     from surgery.api import plan
+    from surgery.cache_inspection import CacheReport, cache_report
     from surgery.conversion import Conversion, convert
     from surgery.errors import SurgeryError
     from surgery.inspection import Inspection, inspect
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from surgery.verification import Verification, verify
 
 __all__ = [
+    "CacheReport",
     "Conversion",
     "Inspection",
     "Manifest",
@@ -35,6 +37,7 @@ __all__ = [
     "SurgeryError",
     "Verification",
     "__version__",
+    "cache_report",
     "convert",
     "inspect",
     "json_schema",
@@ -47,12 +50,14 @@ __all__ = [
 ]
 
 _PLACES = {
+    "CacheReport": "cache_inspection",
     "Conversion": "conversion",
     "Inspection": "inspection",
     "Manifest": "manifest",
     "Plan": "planning",
     "SurgeryError": "errors",
     "Verification": "verification",
+    "cache_report": "cache_inspection",
     "convert": "conversion",
     "inspect": "inspection",
     "json_schema": "manifest",

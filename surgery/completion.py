@@ -152,7 +152,7 @@ def _verify(run: Run, plan: Plan) -> Verification | None:
         return None
     run.report(Progress("verify", 0, 1, "process"))
     promises = Promises(
-        kv_bytes_per_token=plan.cache_bytes_after,
+        kv_bytes_per_token=None if plan.cache_coded else plan.cache_bytes_after,
         kv_dtype=plan.cache_dtype,
         static_cache=True,
         max_perplexity_ratio=wanted.max_perplexity_ratio,

@@ -22,7 +22,7 @@ from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.code import Family, RuntimePart, emit_code
 from surgery.errors import InternalError, RefusedInput, SurgeryError, UnsupportedModel
 from surgery.metrics.active import active_parameters
-from surgery.metrics.cache import cache_bytes_per_token
+from surgery.metrics.cache import cache_bytes_per_token, coded_cache
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -297,6 +297,7 @@ class Stage:
 class Plan:
     """Everything a conversion will do. Sizes are bytes; `estimated` says that some sizes wait for a measurement.
 
+    `cache_coded` says that a token has no fixed bytes in the cache, and `cache_bytes_after` is that of long prompts.
     `active_before` and `active_after` are the parameters that a token goes through, for models with experts.
     `variants` has the plan of each variant, as if it were made alone; `disk_needed` and `peak_memory` cover them all.
     """
@@ -315,6 +316,7 @@ class Plan:
     cache_dtype: str
     cache_bytes_before: int | None
     cache_bytes_after: int | None
+    cache_coded: bool
     active_before: int | None
     active_after: int | None
     code: tuple[str, ...]
@@ -437,6 +439,7 @@ def describe(
         cache_dtype=cache_dtype,
         cache_bytes_before=cache_bytes_per_token(original, dtype),
         cache_bytes_after=cache_bytes_per_token(draft.config, cache_dtype),
+        cache_coded=coded_cache(draft.config) is not None,
         active_before=count_parameters(open_draft(checkpoint)).active,
         active_after=parameters.active,
         code=tuple(emit_code(Family.of(draft.model.architecture), draft.parts, __version__) if draft.parts else ()),

@@ -3,6 +3,7 @@
     python tools/train_builtin.py llama            # train, write surgery/builtin/llama/, print the figures
     python tools/train_builtin.py llama --check    # train nothing, judge the folder that is there
     python tools/train_builtin.py moe              # experts that specialise: trained on three domains of text
+    python tools/train_builtin.py recall           # answers questions about what stands far back in its context
 
 The seed, the steps and the threads are fixed and every operation is deterministic, so a second run writes the same
 bytes: on the same kind of processor and the releases of Python (whose documentation is the text), torch, transformers
@@ -12,6 +13,8 @@ and tokenizers that its record names, and not beyond.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -31,6 +34,7 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from surgery.builtin.recall import Encode, recall_prompts, recall_row, recall_sentences
 from surgery.builtin.text import DOMAINS, heldout_text, training_documents, training_text
 
 BUILTIN = Path(__file__).resolve().parent.parent / "surgery" / "builtin"
@@ -39,8 +43,25 @@ PAD_ID, BOS_ID, EOS_ID = range(3)
 LARGEST_FOLDER = 3_000_000  # bytes; the folder travels inside the wheel
 SPECIALISATION = "specialisation"  # of the experts, by layer
 MOSTLY = 0.6
+HELDOUT_ROW = 512  # tokens that held-out text is read in at a time
+WIRED_SHARE = 1 / 3  # of the rate, for the layers that begin with an induction head
+SENTENCE_COPIES = 300  # enough for every name and number of a recall to become a token
+ASKED_LENGTHS, ASKED_CONTEXTS, ASKED_PAIRS, DEPTHS = (512, 1024, 2048), 16, 8, 4
 SEED = 20250101
 THREADS = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training on recalls: rows of contexts of one length, every pair of which is asked for at the end."""
+
+    length: int
+    pairs: int
+    rows: int
+    steps: int
+    weight: float  # of the loss of answers; much of it would drown the text in noise
+    text_rows: int = 0  # of the plain stream beside them
+    spread: bool = False  # half the rows skip positions here and there, so that far ones become familiar cheaply
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,7 @@ class Recipe:
     muon: bool = False  # steps the matrices inside layers; it learns more from a token than AdamW does
     balance: float = 0.0  # weight of the loss that keeps experts from dying; 0 for a model without any
     division: float = 0.0  # weight of what rewards experts for being of use to few domains
+    stages: tuple[Stage, ...] = ()  # for a model that recalls; batch_rows means nothing to it
 
 
 # config.json keeps the spelling of transformers 4 (torch_dtype, rope_theta), which 5 reads as well.
@@ -82,7 +104,16 @@ MOE = {
     "norm_topk_prob": False, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "output_router_logits": False, "router_aux_loss_coef": 0.001,
 }
+RECALL = {
+    **LLAMA, "vocab_size": 1280, "max_position_embeddings": 4096, "num_hidden_layers": 4, "intermediate_size": 320,
+    "rope_theta": 1000000.0,
+}
 # fmt: on
+STAGES = (
+    Stage(256, 8, rows=3, steps=240, weight=0.1, text_rows=1, spread=True),
+    Stage(512, 8, rows=2, steps=150, weight=0.2, spread=True),
+    Stage(1024, 8, rows=1, steps=150, weight=0.3, spread=True),
+)
 RECIPES = {
     "llama": Recipe(LLAMA, steps=4800, batch_rows=2, peak_rate=3e-3, warmup_steps=250, weight_decay=0.1),
     "moe": Recipe(
@@ -96,6 +127,15 @@ RECIPES = {
         muon=True,
         balance=0.1,
         division=0.01,
+    ),
+    "recall": Recipe(
+        RECALL,
+        steps=sum(stage.steps for stage in STAGES),
+        batch_rows=1,
+        peak_rate=3e-3,
+        warmup_steps=30,
+        weight_decay=0.1,
+        stages=STAGES,
     ),
 }
 
@@ -120,13 +160,14 @@ def build(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train the tokenizer and the model, write the whole folder and return the figures."""
     make_deterministic()
     tokenizer = train_tokenizer(recipe)
-    model = train_model(recipe, [token_stream(tokenizer, domain) for domain in recipe.domains])
+    streams = [token_stream(tokenizer, domain) for domain in recipe.domains]
+    model, tokens = train_recall(recipe, tokenizer, streams[0]) if recipe.stages else train_model(recipe, streams)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer, recipe.config, folder)
     write_model(model, recipe.config, folder)
     figures = {
         "steps": recipe.steps,
-        "tokens": recipe.steps * recipe.batch_rows * len(recipe.domains) * recipe.config["max_position_embeddings"],
+        "tokens": tokens,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "seed": SEED,
         "threads": THREADS,
@@ -150,7 +191,9 @@ def check(recipe: Recipe, folder: Path) -> int:
     # Another Python words its documentation a little differently, and the perplexity moves with it.
     tolerance = 0.001 if same_text else 0.1
     as_good = all(
-        math.isclose(measured[name], recorded[name], rel_tol=tolerance) for name in measured if name != SPECIALISATION
+        math.isclose(figure, recorded[name], rel_tol=max(tolerance, 0.03 if name.startswith("needle") else 0))
+        for name, figure in measured.items()
+        if not isinstance(figure, (dict, list))
     )
     small = folder_size(folder) <= LARGEST_FOLDER
     print(json.dumps({"same_text": same_text, "as_good": as_good, "small": small, **measured}, indent=2))
@@ -167,6 +210,7 @@ def make_deterministic() -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and filling takes time
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read at every use
     transformers.utils.logging.disable_progress_bar()
 
@@ -183,7 +227,8 @@ def train_tokenizer(recipe: Recipe) -> Tokenizer:
         initial_alphabet=letters,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(even_documents(recipe.domains), trainer)
+    sentences = ["".join(recall_sentences())] * SENTENCE_COPIES if recipe.stages else []
+    tokenizer.train_from_iterator(itertools.chain(even_documents(recipe.domains), sentences), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, BOS_ID)]
     )
@@ -204,8 +249,8 @@ def token_stream(tokenizer: Tokenizer, domain: str) -> torch.Tensor:
     return torch.tensor([token for encoding in encodings for token in [*encoding.ids, EOS_ID]])
 
 
-def train_model(recipe: Recipe, streams: list[torch.Tensor]) -> torch.nn.Module:
-    """Train a new model in float32 and return it."""
+def train_model(recipe: Recipe, streams: list[torch.Tensor]) -> tuple[torch.nn.Module, int]:
+    """Train a new model in float32; return it and how many tokens it saw."""
     config = transformers.AutoConfig.for_model(**{**recipe.config, "torch_dtype": "float32"})
     model = transformers.AutoModelForCausalLM.from_config(config)
     experts = {weight: matrices_of(weight) for weight in model.parameters() if weight.ndim == 3}
@@ -231,7 +276,138 @@ def train_model(recipe: Recipe, streams: list[torch.Tensor]) -> torch.nn.Module:
         model.zero_grad()
         if step % 100 == 0 or step == recipe.steps - 1:
             print(f"step {step:5d}  loss {loss.item():.3f}", file=sys.stderr, flush=True)
-    return model
+    return model, recipe.steps * recipe.batch_rows * len(streams) * recipe.config["max_position_embeddings"]
+
+
+def train_recall(recipe: Recipe, tokenizer: Tokenizer, stream: torch.Tensor) -> tuple[torch.nn.Module, int]:
+    """Train a new model that recalls, in float32; return it and how many tokens it saw."""
+    config = transformers.AutoConfig.for_model(**{**recipe.config, "torch_dtype": "float32"})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    wire_induction(model)
+    wired = [weight for layer in model.model.layers[:2] for weight in layer.self_attn.parameters()]
+    rest = [weight for weight in model.parameters() if all(weight is not other for other in wired)]
+    groups: list[dict[str, Any]] = [
+        {"params": wired, "lr": recipe.peak_rate * WIRED_SHARE, "weight_decay": 0.0},  # decay would undo the wiring
+        {"params": [weight for weight in rest if weight.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [weight for weight in rest if weight.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, recipe))
+    encode, tokens = encoder(tokenizer), 0
+    for step, (stage, seed) in enumerate(seeded_stages(recipe)):
+        rows, answers, positions = recall_batch(stage, seed, encode, stream)
+        # The mask of ones says that skipped positions are no border between packed sequences.
+        logits = model(
+            input_ids=rows, position_ids=positions, attention_mask=torch.ones_like(rows), use_cache=False
+        ).logits
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, rows[:, 1:], reduction="none")
+        of_text, of_answers = losses[~answers[:, 1:]].mean(), losses[answers[:, 1:]].mean()
+        (of_text + stage.weight * of_answers).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        tokens += rows.numel()
+        if step % 25 == 0 or step == recipe.steps - 1:
+            told = f"length {stage.length:4d}  text {of_text.item():.3f}  answers {of_answers.item():.3f}"
+            print(f"step {step:5d}  {told}", file=sys.stderr, flush=True)
+    return model, tokens
+
+
+def seeded_stages(recipe: Recipe) -> Iterator[tuple[Stage, int]]:
+    """Yield the stage of every step, and the first of the seeds of its rows, which no other step has."""
+    seed = 0
+    for stage in recipe.stages:
+        for _ in range(stage.steps):
+            yield stage, seed
+            seed += stage.rows
+
+
+def encoder(tokenizer: Tokenizer) -> Encode:
+    """Return what turns text into ids without special tokens, and remembers them."""
+    return functools.cache(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
+
+
+def recall_batch(
+    stage: Stage, seed: int, encode: Encode, stream: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rows of recalls, then of plain text; which of their tokens are answers; and their positions."""
+    asked = {"length": stage.length, "pairs": stage.pairs, "questions": stage.pairs, "heldout": False}
+    pieces = [
+        recall_row(encode, recall_prompts(encode, **asked, seed=at, begin=BOS_ID if at % 2 else None))
+        for at in range(seed, seed + stage.rows)
+    ]
+    length = min(len(ids) for ids, _ in pieces)
+    rows = [torch.tensor(ids[:length]) for ids, _ in pieces]
+    answers = [torch.tensor(is_answer[:length]) for _, is_answer in pieces]
+    for _ in range(stage.text_rows):
+        start = int(torch.randint(len(stream) - length, ()))
+        rows.append(stream[start : start + length])
+        answers.append(torch.zeros(length, dtype=torch.bool))
+    positions = [skipping(length, stage.spread and number % 2 == 0) for number in range(seed, seed + len(rows))]
+    return torch.stack(rows), torch.stack(answers), torch.stack(positions)
+
+
+def skipping(length: int, skips: bool) -> torch.Tensor:
+    """Return positions that rise by one, or now and then by as much as the longest context of training has room for."""
+    rises = torch.ones(length, dtype=torch.long)
+    if skips:
+        places = int(torch.randint(1, 5, ()))
+        room = (torch.rand(()) * max(0, ASKED_LENGTHS[-1] + 152 - length)).item()
+        for share in torch.rand(places + 1).softmax(0)[:places].tolist():
+            rises[int(torch.randint(1, length, ()))] += int(share * room)
+    rises[0] = 0
+    return rises.cumsum(0)
+
+
+@torch.no_grad()
+def wire_induction(model: torch.nn.Module) -> None:
+    """Let a new model begin with an induction head, which it would find by itself only after hours on one core.
+
+    In the first layer the first key-value head looks one token back, by the phase of a constant channel, and writes
+    what it finds into directions of its own. In the second layer every head matches those with the token at hand, in
+    channels that hardly turn with the distance, and copies the token that it finds. All of it is trained like the rest.
+    """
+    config, layers = model.config, model.model.layers
+    width, size, half = config.hidden_size, config.head_dim, config.head_dim // 2
+    groups = config.num_attention_heads // config.num_key_value_heads
+    constant, sharpness, match, signature, copied, turning = 0.4, 10.0, 2.5, 0.1, 0.5, 6
+    basis = torch.nn.functional.pad(torch.linalg.qr(torch.randn(width - 1, width - 1)).Q, (1, 0))
+    before, *tokens = basis[: 3 * size].split(size)  # directions of the token before, and of the token at hand
+    embedding = model.get_input_embeddings().weight
+    embedding -= embedding @ before.T @ before
+    embedding[:, 0] = constant
+    for layer in layers:
+        layer.self_attn.o_proj.weight *= 0.1
+        layer.mlp.down_proj.weight *= 0.1
+    frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+
+    first = layers[0].self_attn
+    query, key = torch.zeros(2, size)
+    query[:turning] = 1
+    key[:turning], key[half : half + turning] = frequencies[:turning].cos(), frequencies[:turning].sin()
+    gain = sharpness * embedding.square().mean(1).sqrt().mean() / constant  # undoes the norm before the layer
+    first.q_proj.weight[: groups * size] *= 0.1
+    first.q_proj.weight[: groups * size, 0] = gain * query.repeat(groups)
+    first.k_proj.weight[:size] *= 0.1
+    first.k_proj.weight[:size, 0] = gain * key
+    first.v_proj.weight[:size] = tokens[0]
+    first.o_proj.weight[:, : groups * size] = (2 * signature / groups * before.T).repeat(1, groups)
+
+    second = layers[1].self_attn
+    slow = (frequencies * ASKED_LENGTHS[-1] < 1).nonzero()[:, 0]
+    channels = torch.cat([slow, slow + half])
+    for head in range(config.num_key_value_heads):
+        mixing = match * torch.linalg.qr(torch.randn(size, size)).Q[: len(channels)]
+        keys = torch.arange(head * size, (head + 1) * size)
+        second.k_proj.weight[keys] *= 0.1
+        second.k_proj.weight[keys[channels]] = mixing @ before
+        second.v_proj.weight[keys] = tokens[head % 2]
+        for group in range(groups):
+            queries = torch.arange((head * groups + group) * size, (head * groups + group + 1) * size)
+            second.q_proj.weight[queries] *= 0.1
+            second.q_proj.weight[queries[channels]] = mixing @ tokens[0]
+            second.o_proj.weight[:, queries] = 2 * copied / groups * tokens[head % 2].T
 
 
 def make_optimizers(
@@ -346,7 +522,8 @@ def measure(recipe: Recipe, folder: Path) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if len(recipe.domains) == 1:
-        return heldout_figures(model, tokenizer, recipe.domains[0])
+        needles = needle_figures(model, tokenizer) if recipe.stages else {}
+        return heldout_figures(model, tokenizer, recipe.domains[0]) | needles
     figures: dict[str, Any] = {}
     for domain in recipe.domains:
         found = heldout_figures(model, tokenizer, domain)
@@ -370,6 +547,29 @@ def heldout_figures(model: torch.nn.Module, tokenizer: Tokenizer, domain: str) -
 
 
 @torch.no_grad()
+def needle_figures(model: torch.nn.Module, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the share of answers that greedy decoding gets all right, by length, and by quarter of the depth."""
+    figures: dict[str, Any] = {}
+    for length in ASKED_LENGTHS:
+        outcomes: list[list[bool]] = [[] for _ in range(DEPTHS)]
+        asked = {"length": length, "pairs": ASKED_PAIRS, "questions": ASKED_PAIRS, "begin": BOS_ID}
+        for seed in range(ASKED_CONTEXTS):
+            prompts = recall_prompts(encoder(tokenizer), **asked, seed=seed)
+            cache = model(input_ids=torch.tensor([prompts[0].context]), logits_to_keep=1).past_key_values
+            for prompt in prompts:
+                row = torch.tensor([[*prompt.question, *prompt.answer]])
+                answer = row[:, len(prompt.question) :]
+                logits = model(input_ids=row, past_key_values=copy.deepcopy(cache)).logits
+                # Greedy decoding is right throughout just where every next token is, after the right ones.
+                right = bool((logits[:, len(prompt.question) - 1 : -1].argmax(-1) == answer).all())
+                outcomes[int(prompt.depth * DEPTHS)].append(right)
+        everywhere = list(itertools.chain(*outcomes))
+        figures[f"needle_accuracy_{length}"] = sum(everywhere) / len(everywhere)
+        figures[f"needle_accuracy_{length}_by_depth"] = [round(sum(part) / len(part), 3) for part in outcomes]
+    return figures
+
+
+@torch.no_grad()
 def routed_weight(model: torch.nn.Module, tokenizer: Tokenizer, domain: str) -> torch.Tensor:
     """Return the weight that each layer (row) gives each expert (column) on a domain's held-out text."""
     total = torch.zeros(())
@@ -383,7 +583,7 @@ def routed_weight(model: torch.nn.Module, tokenizer: Tokenizer, domain: str) -> 
 def heldout_rows(model: torch.nn.Module, tokenizer: Tokenizer, domain: str) -> Iterator[torch.Tensor]:
     """Yield a domain's held-out tokens in rows as long as the model reads, each after a begin token."""
     tokens = torch.tensor(tokenizer.encode(heldout_text(domain), add_special_tokens=False).ids)
-    for piece in tokens.split(model.config.max_position_embeddings - 1):
+    for piece in tokens.split(min(model.config.max_position_embeddings, HELDOUT_ROW) - 1):
         yield torch.cat([torch.tensor([BOS_ID]), piece])[None]
 
 

@@ -10,7 +10,7 @@ from surgery.suggestions import did_you_mean
 from surgery.version import __version__
 
 # In the order in which people need them.
-COMMANDS = ("inspect", "operations", "plan", "convert", "heal", "verify", "reproduce", "schema")
+COMMANDS = ("inspect", "operations", "plan", "convert", "heal", "verify", "cache", "reproduce", "schema")
 
 
 class LazyGroup(click.Group):

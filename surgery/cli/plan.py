@@ -125,7 +125,8 @@ def _cache(plan: Plan) -> str:
     if before is None or after is None:
         return "unknown"
     ratio = f" ({after / before:.1%})" if before else ""
-    return f"{before:,} -> {after:,} bytes a token{ratio} in {plan.cache_dtype}"
+    where = " of a long prompt" if plan.cache_coded else ""
+    return f"{before:,} -> {after:,} bytes a token{where}{ratio} in {plan.cache_dtype}"
 
 
 def _account(plan: Plan) -> Iterator[tuple[str, str]]:

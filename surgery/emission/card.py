@@ -60,6 +60,7 @@ def card_bytes(
         "Figures": figures(base, draft, manifest, outputs, verification),
         **({"Variants": variants_text(compared, name)} if compared else {}),
         "Loading": loading(draft, outputs, manifest.steps),
+        **({"Using it": used} if (used := usage(manifest.steps)) else {}),
         "Checked": checked(base, manifest.steps, verification),
         **({"Quantized cache": cached} if (cached := quantized_cache(verification)) else {}),
         "Limits": limits(draft, manifest.steps, custom=bool(_code_files(outputs))),
@@ -132,6 +133,11 @@ def loading(draft: Draft, outputs: Mapping[str, Finished], steps: Sequence[Step]
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({pinned})")
     after = "`OWNER/NAME` and the commit are those of the repository you read this in; of a folder give only the path."
     return f"{_installing(steps)}{fenced(chr(10).join(lines), 'python')}\n\n{after}\n{code_table(draft, outputs)}"
+
+
+def usage(steps: Sequence[Step]) -> str:
+    """What operations say of their results at run time."""
+    return "\n\n".join(step.operation.usage for step in steps if step.operation.usage)
 
 
 def _installing(steps: Sequence[Step]) -> str:

@@ -71,15 +71,22 @@ class Family:
 class RuntimePart:
     """One replacement: `attribute` of every decoder layer (or of the model) becomes what `symbol` of `file` makes.
 
-    A layer's is made by `symbol(config, layer_index, replaced)`, the model's by `symbol(config, replaced)`. `what` is a
-    word for it where the attribute says too little.
+    A layer's is made by `symbol(config, layer_index, replaced)`, the model's by `symbol(config, replaced)`: a class
+    makes new modules, a function changes those that are there. With `of` a `base`, `symbol` is a class that the base
+    model (or, with attribute `lm_head`, the language model) inherits from. `what` is a word for it where the attribute
+    says too little.
     """
 
     file: str
     symbol: str
     attribute: str
-    of: Literal["layer", "model"] = "layer"
+    of: Literal["layer", "model", "base"] = "layer"
     what: str = ""
+
+    @property
+    def new(self) -> bool:
+        """Whether modules of the layers are replaced, not changed."""
+        return self.of == "layer" and self.symbol[0].isupper()
 
 
 CAPABILITIES_SUMMARY = "What the replaced modules can do; the flags cover the names that releases have used for it."
@@ -103,7 +110,11 @@ EXPERTS = """
 
 # Parts that bring another one along.
 COMPANIONS = {
-    "LatentAttention": RuntimePart("surgery_latent_attention.py", "latent_rotary", "rotary_emb", of="model"),
+    "LatentAttention": (RuntimePart("surgery_latent_attention.py", "latent_rotary", "rotary_emb", of="model"),),
+    "codebook_attention": (
+        RuntimePart("surgery_codebook_model.py", "CodebookModel", "model", of="base", what="its cache"),
+        RuntimePart("surgery_codebook_model.py", "CodebookGeneration", "lm_head", of="base", what="its cache"),
+    ),
 }
 
 
@@ -143,6 +154,8 @@ def emit_code(family: Family, parts: Sequence[RuntimePart], version: str) -> dic
         "experts": EXPERTS.format(model=family.model_class) if family.has_experts else "",
         "recorded": ", ".join([family.model_class, *_recorded(parts)]),
         "swaps": "\n".join(_swaps(parts)),
+        "model_bases": _bases(parts, "model"),
+        "causal_lm_bases": _bases(parts, "lm_head"),
     }
     generated = {
         f"{family.configuration_file}.py": _fill("configuration.txt", names),
@@ -160,7 +173,7 @@ def _fill(template: str, names: dict[str, str]) -> bytes:
 
 
 def _with_companions(parts: Sequence[RuntimePart]) -> list[RuntimePart]:
-    companions = (COMPANIONS[part.symbol] for part in parts if part.symbol in COMPANIONS)
+    companions = (companion for part in parts for companion in COMPANIONS.get(part.symbol, ()))
     return list(dict.fromkeys([*parts, *companions]))
 
 
@@ -210,7 +223,7 @@ def _keep_conversion(family: Family, parts: Sequence[RuntimePart]) -> str:
 
 def _attends(parts: Sequence[RuntimePart]) -> bool:
     """Whether attention is replaced, so that what the native classes say of theirs does not hold."""
-    return any(part.attribute == "self_attn" for part in parts)
+    return any(part.attribute == "self_attn" and part.new for part in parts)
 
 
 def _capabilities(family: Family, parts: Sequence[RuntimePart]) -> str:
@@ -222,8 +235,13 @@ def _capabilities(family: Family, parts: Sequence[RuntimePart]) -> str:
 
 def _recorded(parts: Sequence[RuntimePart]) -> Iterator[str]:
     for part in parts:
-        if part.of == "layer" and part.attribute in RECORDED:
+        if part.new and part.attribute in RECORDED:
             yield f"{RECORDED[part.attribute]}={part.symbol}"
+
+
+def _bases(parts: Sequence[RuntimePart], attribute: str) -> str:
+    """What a generated class inherits from before the native class."""
+    return "".join(f"{part.symbol}, " for part in parts if part.of == "base" and part.attribute == attribute)
 
 
 def _swaps(parts: Sequence[RuntimePart]) -> Iterator[str]:

@@ -139,6 +139,10 @@ def quality_rows(found: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
         yield "perplexity per token", *_compared(found["base_perplexity"], found["perplexity"], ".4f")
     if "kl" in found:
         yield "KL(base, this), nats per token", "0", f"{found['kl']:.5f}", ""
+    if "codebook_cache_ratio" in found:
+        tokens, share = int(found["codebook_cache_tokens"]), found["codebook_cache_ratio"]
+        yield f"cache bytes of a prompt of {tokens:,} tokens", "1", f"{share:.3f}", f"{share:.4f}"
+        yield "KL(full cache, coded cache), nats per token", "0", f"{found['kl_codebook_cache']:.5f}", ""
     if "agreement" in found:
         yield "share of tokens with the same first choice", "1", f"{found['agreement']:.4f}", ""
 

@@ -40,7 +40,10 @@ def make_lock(
             "files": {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(inputs.items())},
         },
         "manifest": manifest.portable().to_json(),
-        "promises": {"kv_bytes_per_token": plan.cache_bytes_after, "kv_dtype": plan.cache_dtype},
+        "promises": {
+            "kv_bytes_per_token": None if plan.cache_coded else plan.cache_bytes_after,
+            "kv_dtype": plan.cache_dtype,
+        },
         "statistics": {name: _measurement(found) for name, found in measured.items()},
         "verification": None if verification is None else asdict(verification),
         "versions": versions(),

@@ -29,6 +29,19 @@ def cache_numbers_per_token(config: Mapping[str, Any]) -> int | None:
 
 
 def cache_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
-    """The same in bytes, for a cache of torch type `dtype` (for instance `bfloat16`)."""
-    numbers = cache_numbers_per_token(config)
-    return None if numbers is None else numbers * BITS[SAFETENSORS_NAMES[dtype]] // 8
+    """The same in bytes, for a cache of torch type `dtype` (for instance `bfloat16`).
+
+    Where the cache is coded, that of a long prompt at its budget; None for the paper's way, which has no budget.
+    """
+    numbers, coded = cache_numbers_per_token(config), coded_cache(config)
+    if numbers is None or (coded is not None and coded["method"] == "paper"):
+        return None
+    stock = numbers * BITS[SAFETENSORS_NAMES[dtype]] // 8
+    return stock if coded is None else round(stock * float(coded["reserve_ratio"]))
+
+
+def coded_cache(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of a codebook cache, or None where the cache keeps what it is given."""
+    ours = config.get("surgery")
+    found = ours.get("codebook_cache") if isinstance(ours, Mapping) else None
+    return found if isinstance(found, Mapping) else None

@@ -155,6 +155,7 @@ class Operation(Generic[S]):
     explain     tells from statistics what was decided and why
     trains      whether these settings need training
     train       trains the result of the operations before and returns the changed tensors as statistics
+    usage       Markdown for the card: what callers of a result can say to it at run time
     limits      what users of a result should not expect, a sentence each, for its card
     changes     groups of parameters (see `surgery.training.groups`) that training after it should adapt
     quantizes   whether it packs weights: `output.dtype` is applied before it, and nothing comes after it
@@ -177,6 +178,7 @@ class Operation(Generic[S]):
     explain: Callable[[Model, S, Statistics | None], Explanation] | None = None
     trains: Callable[[S], bool] = never
     train: Callable[[Training, S], Statistics] | None = None
+    usage: str = ""
     limits: tuple[str, ...] = ()
     changes: frozenset[str] = field(default_factory=frozenset)
     quantizes: bool = False

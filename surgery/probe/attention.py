@@ -11,7 +11,7 @@ from torch import Tensor
 from .decoding import padded
 from .loading import forward
 from .outcome import Outcome, bounded, failed, skipped, verdict
-from .subject import Subject, relative, text_config
+from .subject import Subject, coded_cache, relative, text_config
 
 FEWER, MORE = 16, 24
 
@@ -50,6 +50,8 @@ def _off_one(weights: Tensor, *, sinks: bool) -> float:
 
 def cache_bytes(subject: Subject) -> Outcome:
     """What one more token adds to the tensors of a real cache, per row of the batch, is what the plan says."""
+    if coded_cache(subject.model.config):
+        return skipped("what a token takes depends on the text: see codebook_cache")
     window = getattr(text_config(subject.model.config), "sliding_window", None)
     if isinstance(window, int) and window < MORE:
         return skipped(f"some layers may keep only {window} tokens")
@@ -79,6 +81,11 @@ def _cached(subject: Subject, count: int) -> list[Tensor]:
     cache = subject.model(input_ids=tokens, use_cache=True).past_key_values
     if cache is None:
         raise ValueError("the model returns no cache")
+    return tensors_of(cache)
+
+
+def tensors_of(cache: Any) -> list[Tensor]:
+    """Every tensor that can be reached from a cache, once."""
     found: dict[int, Any] = {}
     _collect(cache, found)
     return [item for item in found.values() if isinstance(item, Tensor)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .loading import forward
 from .outcome import Outcome, bounded, failed, skipped
-from .subject import Subject, relative, text_config
+from .subject import Subject, coded_cache, relative, text_config
 
 NEW_TOKENS = 10
 
@@ -103,7 +103,11 @@ def static_cache(subject: Subject) -> Outcome:
         return skipped("not claimed")
     if not getattr(subject.model, "_supports_static_cache", True):
         return skipped("the model class says that this transformers cannot")
-    options = {"disable_compile": True} if hasattr(transformers.GenerationConfig(), "disable_compile") else {}
+    options: dict[str, Any] = {}
+    if hasattr(transformers.GenerationConfig(), "disable_compile"):
+        options["disable_compile"] = True
+    if coded_cache(subject.model.config):
+        options["surgery_cache"] = None  # with it on, a static cache is refused
     output = _generate(subject, subject.prompts[0], cache_implementation="static", **options)
     return _is_greedy(subject, output.sequences, subject.prompts[0])
 

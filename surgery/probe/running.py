@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import attention, cached, decoding, dequantized, loading, quality
+from . import attention, cached, coded, decoding, dequantized, loading, quality
 from .noise import Noise
 from .outcome import Outcome, failed, skipped, verdict
 from .subject import Subject
@@ -37,6 +37,7 @@ CHECKS: dict[str, Check] = {
         decoding.assisted_decoding,
         decoding.left_padded_batch,
         attention.cache_bytes,
+        coded.codebook_cache,
         attention.eager_equals_sdpa,
         attention.output_attentions,
         loading.save_reload,

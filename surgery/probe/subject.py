@@ -141,6 +141,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def coded_cache(config: Any) -> dict[str, Any] | None:
+    """The settings of a codebook cache, where the checkpoint brings one."""
+    found: dict[str, Any] | None = (getattr(text_config(config), "surgery", None) or {}).get("codebook_cache")
+    return found
+
+
 def relative(difference: Tensor, reference: Tensor) -> float:
     """Largest absolute entry of `difference`, relative to the largest of `reference`; inf where one is not finite."""
     if not (difference.isfinite().all() and reference.isfinite().all()):

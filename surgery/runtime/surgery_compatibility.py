@@ -69,6 +69,12 @@ def update_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int, options
     return cache.update(key, value, layer_idx, {"cache_position": positions})
 
 
+def flash_width(key_width: int, value_width: int) -> int | None:
+    """The one width, a multiple of 8, that flash kernels want of queries, keys and values; None if it is there."""
+    width = -(-max(key_width, value_width) // 8) * 8
+    return None if key_width == value_width == width else width
+
+
 def attention_returns_cache(native_attention: nn.Module) -> bool:
     """Whether the layer around `native_attention` unpacks (output, weights, cache) instead of (output, weights).
 

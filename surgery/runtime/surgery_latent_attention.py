@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .surgery_compatibility import attention_returns_cache, sliding_window, update_cache
+from .surgery_compatibility import attention_returns_cache, flash_width, sliding_window, update_cache
 
 
 class LatentAttention(nn.Module):
@@ -75,7 +75,7 @@ class LatentAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """hidden_states [B, T, D], position_embeddings (cos, sin) [B, T, table] -> ([B, T, D], weights or None)."""
-        query, key, value = self._project(hidden_states)
+        query, key, value = self.project(hidden_states)
         query, key = self._rotate(query, key, *position_embeddings)
 
         cache = past_key_values if past_key_values is not None else past_key_value
@@ -83,7 +83,7 @@ class LatentAttention(nn.Module):
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         implementation = self.config._attn_implementation  # noqa: SLF001
-        padded = self._flash_width() if "flash" in implementation else None
+        padded = flash_width(self.qk_dim, self.vo_dim) if "flash" in implementation else None
         if padded:  # zero channels change neither the dot products nor, once cropped, the output
             query, key, value = (nn.functional.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
 
@@ -106,7 +106,7 @@ class LatentAttention(nn.Module):
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return (output, weights, cache) if self.returns_cache else (output, weights)
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> query [B, H, T, qk_dim], key [B, G, T, qk_dim], value [B, G, T, vo_dim], not yet rotated."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.select_after_norm:
@@ -121,10 +121,16 @@ class LatentAttention(nn.Module):
         value = value.unflatten(-1, (self.num_key_value_heads, self.vo_dim))
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
+    def rotary_columns(self, table: Tensor) -> Tensor | None:
+        """Which columns of the rotary table turn the heads: None for all, [w] for the same, [G, w] for each its own."""
+        if self.whole_table and table.shape[-1] == len(self.columns.values):
+            return None
+        return self.columns.on(table.device)
+
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Turn every kept pair by the angle the base's own table has for it."""
-        if not (self.whole_table and cos.shape[-1] == len(self.columns.values)):
-            columns = self.columns.on(cos.device)
+        columns = self.rotary_columns(cos)
+        if columns is not None:
             cos, sin = cos[..., columns], sin[..., columns]
         if not self.pairs_per_head:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -133,11 +139,6 @@ class LatentAttention(nn.Module):
         key = rotate(key, cos, sin)
         cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
         return rotate(query, cos, sin), key
-
-    def _flash_width(self) -> int | None:
-        """The one width, a multiple of 8, that flash kernels want of queries, keys and values; None if it is there."""
-        width = -(-max(self.qk_dim, self.vo_dim) // 8) * 8
-        return None if self.qk_dim == self.vo_dim == width else width
 
 
 class LatentRotary(nn.Module):

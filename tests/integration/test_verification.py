@@ -228,8 +228,8 @@ def write_lock(folder):
 # ---- sound checkpoints
 
 
-# What is looked at where weights are packed, or a quantized cache is asked for.
-OF_QUANTIZED = ("dequantized_logits", "quantized_cache")
+# What is looked at where weights are packed, a quantized cache is asked for, or the cache is coded.
+OF_QUANTIZED = ("dequantized_logits", "quantized_cache", "codebook_cache")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ LAYERS = [
     ["surgery.validation", "surgery.overrides", "surgery.manifest", "surgery.calibration.stage"],
     ["surgery.verification", "surgery.inspection"],
     ["surgery.preconditions", "surgery.stages", "surgery.completion", "surgery.placing"],
-    ["surgery.conversion", "surgery.reproduction", "surgery.api"],
+    ["surgery.conversion", "surgery.reproduction", "surgery.api", "surgery.cache_inspection", "surgery.cache_picture"],
     ["surgery", "surgery.cli", "surgery.__main__"],
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

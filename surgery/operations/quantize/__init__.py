@@ -227,6 +227,6 @@ OPERATION = Operation(
     limits=(LIMIT, RELEASES, OUTER),
     quantizes=True,
     packages=lambda settings: FORMATS[settings.format].packages,
-    after=frozenset({"kv_latent", "expert_prune", "expert_top_k", "heal", "smooth", "rotate"}),
+    after=frozenset({"kv_latent", "expert_prune", "expert_top_k", "heal", "smooth", "rotate", "codebook_kv"}),
     never_with=frozenset({"quantize"}),
 )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention that can read and write a `CodebookCache`; with no cache, or another one, it is what it was.
+
+Weights and their names are the base's.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .surgery_codebook_cache import CodebookCache
+from .surgery_codebook_layer import columns_of, rotate
+from .surgery_compatibility import attention_returns_cache, flash_width, sliding_window
+
+
+def codebook_attention(config: Any, layer_idx: int, replaced: Any) -> Any:
+    """The attention of a layer, able to use a codebook cache; as it is where a sliding window bounds its cache."""
+    if sliding_window(config, layer_idx, replaced) is None:
+        replaced.codebook_returns_cache = getattr(replaced, "returns_cache", attention_returns_cache(replaced))
+        if not hasattr(replaced, "scaling"):  # of a few families until 4.57
+            replaced.scaling = replaced.head_dim**-0.5
+        native: Any = type(replaced)
+        replaced.__class__ = _with_codebook(native)
+    return replaced
+
+
+@functools.cache
+def _with_codebook(native: Any) -> type:
+    return type(f"Codebook{native.__name__}", (CodebookAttention, native), {"__doc__": CodebookAttention.__doc__})
+
+
+class CodebookAttention:
+    """Stands before a native attention class, or before `LatentAttention`, among the bases of a class."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        past_key_value: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """hidden_states [B, T, D], position_embeddings (cos, sin) [B, T, table] -> ([B, T, D], weights or None)."""
+        cache = past_key_values if past_key_values is not None else past_key_value
+        if not isinstance(cache, CodebookCache):
+            if cache is not None:
+                kwargs["past_key_value" if past_key_values is None else "past_key_values"] = cache
+            inputs = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            unchanged: tuple[Any, ...] = super().forward(hidden_states, **inputs, **kwargs)  # type: ignore[misc]
+            return unchanged
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the sizes of a codebook cache depend on the text: use surgery_cache=None with torch.compile"
+            )
+
+        query, key, value = _states(self, hidden_states)
+        columns = _columns(self, position_embeddings[0])
+        cos, sin = columns_of(*position_embeddings, columns)
+        layer, position = cache.stored[self.layer_idx], cache.now.position
+        layer.append(key, value, position)
+        groups = self.num_key_value_groups if cos.shape[1] > 1 else 1
+        query = rotate(query, cos.repeat_interleave(groups, 1), sin.repeat_interleave(groups, 1))
+        weights, turned = None, None
+        if cache.complete(self.layer_idx):  # the kernel and the mask that the model would use without us
+            fresh = layer.seen == key.shape[2]
+            turned = rotate(key, cos, sin) if fresh else cache.turning(columns).heads(layer.key, layer.position)
+            output, weights = self._attend(query, turned, layer.value, attention_mask, **kwargs)
+        else:
+            output = layer.attend(query, position, cache.turning(columns), self.scaling)
+        cache.settle(self.layer_idx, query, turned, columns, self.scaling)
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        return (output, weights, cache) if self.codebook_returns_cache else (output, weights)
+
+    def _attend(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The attention function that the config names: [B, H, T, d] -> [B, T, H, s]."""
+        name, width = self.config._attn_implementation, value.shape[-1]  # noqa: SLF001
+        padded = flash_width(query.shape[-1], width) if "flash" in name else None
+        if padded:
+            query, key, value = (nn.functional.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
+        attention = eager_attention_forward
+        if name != "eager":
+            attention = ALL_ATTENTION_FUNCTIONS[name]
+        output, weights = attention(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return output[..., :width], weights
+
+
+def _states(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, D] -> query [B, H, T, d], key [B, G, T, d], value [B, G, T, s], after norms, before rotation."""
+    if hasattr(attention, "project"):
+        states: tuple[Tensor, Tensor, Tensor] = attention.project(hidden)
+        return states
+    config, width = attention.config, attention.head_dim
+    if hasattr(attention, "qkv_proj"):
+        shares = (config.num_attention_heads * width, config.num_key_value_heads * width)
+        query, *cached = attention.qkv_proj(hidden).split((*shares, shares[1]), -1)
+        key, value = (states.clone() for states in cached)  # a view would keep all three
+    else:
+        query, key, value = attention.q_proj(hidden), attention.k_proj(hidden), attention.v_proj(hidden)
+    if hasattr(attention, "q_norm"):
+        query, key = _normalized(query, attention.q_norm), _normalized(key, attention.k_norm)
+    clip = getattr(config, "clip_qkv", None)
+    if clip is not None:
+        query, key, value = (x.clamp(min=-clip, max=clip) for x in (query, key, value))
+    query, key, value = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (query, key, value))
+    return query, key, value
+
+
+def _normalized(states: Tensor, norm: Any) -> Tensor:
+    """Apply a norm over each head or over all heads at once, whichever the norm's weight is made for."""
+    normalized: Tensor = norm(states.unflatten(-1, (-1, norm.weight.shape[-1])))
+    return normalized.flatten(-2)
+
+
+def _columns(attention: Any, table: Tensor) -> Tensor | None:
+    """Which columns of the rotary table the heads use: None for all, [w] for the same, [G, w] for each its own."""
+    columns: Tensor | None = attention.rotary_columns(table) if hasattr(attention, "rotary_columns") else None
+    return columns
