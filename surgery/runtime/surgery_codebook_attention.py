@@ -61,17 +61,19 @@ class CodebookAttention:
         query, key, value = _states(self, hidden_states)
         columns = _columns(self, position_embeddings[0])
         cos, sin = columns_of(*position_embeddings, columns)
-        layer, position = cache.stored[self.layer_idx], cache.now.position
+        layer, position = cache.stored[self.layer_idx], cache.now.position.to(key.device)
         layer.append(key, value, position)
         groups = self.num_key_value_groups if cos.shape[1] > 1 else 1
         query = rotate(query, cos.repeat_interleave(groups, 1), sin.repeat_interleave(groups, 1))
         weights, turned = None, None
         if cache.complete(self.layer_idx):  # the kernel and the mask that the model would use without us
             fresh = layer.seen == key.shape[2]
-            turned = rotate(key, cos, sin) if fresh else cache.turning(columns).heads(layer.key, layer.position)
+            turned = (
+                rotate(key, cos, sin) if fresh else cache.turning(columns, key.device).heads(layer.key, layer.position)
+            )
             output, weights = self._attend(query, turned, layer.value, attention_mask, **kwargs)
         else:
-            output = layer.attend(query, position, cache.turning(columns), self.scaling)
+            output = layer.attend(query, position, cache.turning(columns, key.device), self.scaling)
         cache.settle(self.layer_idx, query, turned, columns, self.scaling)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return (output, weights, cache) if self.codebook_returns_cache else (output, weights)

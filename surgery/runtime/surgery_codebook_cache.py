@@ -92,9 +92,9 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         """Whether a layer holds every token as it was."""
         return self.stored[layer_idx].heads is None
 
-    def turning(self, columns: Tensor | None) -> Turning:
-        """Rotation at any place of this call."""
-        cos, sin = self.now.table()
+    def turning(self, columns: Tensor | None, device: Any) -> Turning:
+        """Rotation at any place of this call, for a layer on `device`."""
+        cos, sin = (table.to(device) for table in self.now.table())
         return Turning(cos, sin, columns)
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         if layer.heads is not None or turned is None:
             layer.settle()
             return
-        asked, count = self.now.position, query.shape[2]
+        asked, count = self.now.position.to(query.device), query.shape[2]
         is_answer = count <= settings.residual and layer.seen > count
         due = layer.seen >= (self.prompt_length or 0)
         if layer.seen < settings.min_prompt + (2 * settings.residual if is_answer else 0) or not due:
@@ -149,7 +149,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
             past = Past(
                 layer.key[row], turned[row], layer.value[row], torch.where(position >= 0, position, NEVER), context,
                 raw, query[row][:, judges], asked[row, judges], min(settings.window, len(judges)), scaling,
-                self.turning(columns), ids,
+                self.turning(columns, query.device), None if ids is None else ids.to(query.device),
             )  # fmt: skip
             coded.append(self._heads(past, layer_idx, row, len(real), is_answer))
             raws.append(torch.nn.functional.pad(raw, (sinks + newest - len(raw), 0), value=-1))

@@ -52,9 +52,7 @@ class Past:
     scaling: float
     turning: Turning
     ids: Tensor | None = None
-    covers: dict[Any, tuple[Tensor, Tensor, Tensor, Tensor]] = field(
-        default_factory=dict
-    )  # of all of a head's context, by threshold
+    covers: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of all of a head's context, by threshold
 
     @property
     def groups(self) -> int:
@@ -82,8 +80,8 @@ class Past:
 
     def weights(self) -> Tensor:
         """Exact attention of the queries, float32 [H, P, T]."""
-        key = self.turned.repeat_interleave(self.query.shape[0] // self.groups, 0)
-        logits = (self.query @ key.transpose(-1, -2)).float() * self.scaling
+        grouped: Tensor = self.query.unflatten(0, (self.groups, -1)).flatten(1, 2)
+        logits = (grouped @ self.turned.transpose(-1, -2)).float().view(*self.query.shape[:2], -1) * self.scaling
         return logits.masked_fill(self.position > self.asked[:, None], LOWEST).softmax(-1)
 
 
@@ -205,25 +203,22 @@ def _planned(past: Past, settings: CacheSettings, bits: tuple[int, int], thetas:
     for kind, states, own, theta in zip("kv", (past.key, past.value), bits, thetas, strict=True):
         row = bytes_per_row(states.shape[-1], own, size)
         for head in range(past.groups):
-            codes = len(_covered(past, kind, head, past.context, theta, settings.greedy)[2])
+            codes = len(_covered(past, kind, head, past.context, theta, settings.greedy)[0])
             index = 2 if codes <= SMALL else 4
             total += min(tokens * row, codes * row + tokens * (index + 2))
     return total + past.fixed(bits)
 
 
-def _covered(
-    past: Past, kind: str, head: int, columns: Tensor, theta: float, greedy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Directions, lengths, codes and references of one head's keys or values; remembered for all of the context."""
+def _covered(past: Past, kind: str, head: int, columns: Tensor, theta: float, greedy: bool) -> tuple[Tensor, Tensor]:
+    """What `cover` finds for one head's keys or values; remembered for all of the context."""
     name = (kind, head, theta) if len(columns) == len(past.context) else None
-    if name is None or name not in past.covers:
-        unit, length = directions((past.key if kind == "k" else past.value)[head, columns])
-        members, ref = cover(unit, theta, greedy=greedy)
-        found = unit, length, members, ref
-        if name is None:
-            return found
+    if name is not None and name in past.covers:
+        return past.covers[name]
+    unit, _ = directions((past.key if kind == "k" else past.value)[head, columns])
+    found = cover(unit, theta, greedy=greedy)
+    if name is not None:
         past.covers[name] = found
-    return past.covers[name]
+    return found
 
 
 def _within(
@@ -288,9 +283,9 @@ def _coded(
     for kind, vectors, own_bits, theta in zip("kv", (key, value), bits, sharing, strict=True):
         row = bytes_per_row(vectors.shape[-1], own_bits, vectors.element_size())
         if theta < 1:
-            unit, length, members, ref = _covered(past, kind, head, columns, theta, greedy)
+            members, ref = _covered(past, kind, head, columns, theta, greedy)
             if len(members) * row + len(columns) * 4 < len(columns) * row:
-                pair.append(shared(vectors, unit, length, (members, ref), theta, own_bits))
+                pair.append(shared(vectors, *directions(vectors), (members, ref), theta, own_bits))
                 continue
         pair.append(Coded(pack(vectors, own_bits)))
     return pair[0], pair[1]
