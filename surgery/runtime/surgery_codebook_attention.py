@@ -71,24 +71,24 @@ class CodebookAttention:
             turned = (
                 rotate(key, cos, sin) if fresh else cache.turning(columns, key.device).heads(layer.key, layer.position)
             )
-            output, weights = self._attend(query, turned, layer.value, attention_mask, **kwargs)
+            name = self.config._attn_implementation  # noqa: SLF001
+            attention = eager_attention_forward
+            if name != "eager":
+                attention = ALL_ATTENTION_FUNCTIONS[name]
+            states = _padded(query, turned, layer.value) if "flash" in name else (query, turned, layer.value)
+            output, weights = attention(self, *states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+            output = output[..., : value.shape[-1]]
         else:
             output = layer.attend(query, position, cache.turning(columns, key.device), self.scaling)
         cache.settle(self.layer_idx, query, turned, columns, self.scaling)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return (output, weights, cache) if self.codebook_returns_cache else (output, weights)
 
-    def _attend(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The attention function that the config names: [B, H, T, d] -> [B, T, H, s]."""
-        name, width = self.config._attn_implementation, value.shape[-1]  # noqa: SLF001
-        padded = flash_width(query.shape[-1], width) if "flash" in name else None
-        if padded:
-            query, key, value = (nn.functional.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
-        attention = eager_attention_forward
-        if name != "eager":
-            attention = ALL_ATTENTION_FUNCTIONS[name]
-        output, weights = attention(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return output[..., :width], weights
+
+def _padded(*states: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value as wide as flash kernels want them: zero channels change no dot product."""
+    width = flash_width(states[0].shape[-1], states[2].shape[-1])
+    return tuple(nn.functional.pad(x, (0, width - x.shape[-1])) for x in states) if width else states
 
 
 def _states(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
