@@ -49,6 +49,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
 
     # What a call goes through, from the model's `forward` and from each layer's attention.
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(
         self,
         ids: Tensor | None,
@@ -97,6 +98,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         cos, sin = (table.to(device) for table in self.now.table())
         return Turning(cos, sin, columns)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes depend on the text
     @torch.no_grad()
     def settle(
         self, layer_idx: int, query: Tensor, turned: Tensor | None, columns: Tensor | None, scaling: float

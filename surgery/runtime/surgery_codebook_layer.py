@@ -215,6 +215,7 @@ class StoredLayer:
         self.value = self.value.gather(2, wide.expand(-1, -1, -1, self.value.shape[-1]))
         self.position = torch.where(raw >= 0, self.position.gather(1, at), -1)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes depend on the text
     def attend(self, query: Tensor, position: Tensor, turning: Turning, scaling: float) -> Tensor:
         """Rotated queries [B, H, T, d] at position [B, T] -> [B, T, H, s]."""
         pieces = [

@@ -70,7 +70,7 @@ class CacheSettings:
                 continue
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
                 raise ValueError(f"{name} is {value!r}; it must be a number above 0 and at most 1")
-        if self.bits not in (None, 2, 3, 4, 5, 6, 8, 16) or isinstance(self.bits, bool):
+        if self.bits is not None and (type(self.bits) is not int or self.bits not in (2, 3, 4, 5, 6, 8, 16)):
             raise ValueError(f"bits is {self.bits!r}; it must be 2, 3, 4, 5, 6, 8, 16 or None")
         least = {"window": 1, "sinks": 0, "residual": 1, "min_prompt": 0, "pool": 1}
         for name, low in least.items():

@@ -140,7 +140,8 @@ def solved(past: Past, settings: CacheSettings, budget: float) -> list[Head]:
             best, least = heads, error
     if best is not None:
         return best
-    return _code(past, settings, found, min(past.groups, past.everything), (settings.bits or 2,) * 2, None)
+    least = max(past.groups * int(newest.sum()), min(past.groups, past.everything))  # over the budget, if need be
+    return _code(past, settings, found, least, (settings.bits or 2,) * 2, None)
 
 
 def whole(past: Past, settings: CacheSettings, budget: float) -> list[Head]:

@@ -56,7 +56,9 @@ def folders(request, tmp_path_factory):
 
 
 def of_cases(cases, quick=()):
-    params = [pytest.param(case, id="-".join(case), marks=[] if case in quick else [pytest.mark.slow]) for case in cases]
+    params = [
+        pytest.param(case, id="-".join(case), marks=[] if case in quick else [pytest.mark.slow]) for case in cases
+    ]
     return pytest.mark.parametrize("folders", params, indirect=True)
 
 
@@ -76,7 +78,11 @@ def batch(lengths=(PROMPT, 44), total=PROMPT):
 
 
 @of_cases(CASES, [*QUICK, ("olmoe", "alone"), ("qwen3", "alone")])
-def test_what_holds_everything_is_what_it_was(folders, attention="sdpa"):
+def test_what_holds_everything_is_what_it_was(folders):
+    assert_same_as_before(folders, "sdpa")
+
+
+def assert_same_as_before(folders, attention):
     reference, out = (load(folder, attention) for folder in folders)
     ids, mask = batch()
     expected = written(reference, ids, mask)
@@ -94,7 +100,7 @@ def test_what_holds_everything_is_what_it_was(folders, attention="sdpa"):
 
 @of_cases(EAGER)
 def test_eager_is_what_it_was(folders):
-    test_what_holds_everything_is_what_it_was(folders, "eager")
+    assert_same_as_before(folders, "eager")
 
 
 @of_cases(CASES, [("llama", "alone"), ("qwen3_moe", "all")])
@@ -102,7 +108,9 @@ def test_what_holds_less_decodes_and_is_smaller(folders):
     out = load(folders[1])
     ids, mask = batch(lengths=(200, 150), total=200)
     for settings in ({"reserve_ratio": 0.3}, {"method": "paper", "reserve_ratio": 0.3}):
-        got = written(out, ids, mask, surgery_cache={**SMALL, **settings}, return_dict_in_generate=True, output_logits=True)
+        got = written(
+            out, ids, mask, surgery_cache={**SMALL, **settings}, return_dict_in_generate=True, output_logits=True
+        )
         assert all(logits.isfinite().all() for logits in got.logits)
         assert got.past_key_values.get_seq_length() == 200 + NEW - 1
         report = out.surgery_cache_report()
@@ -163,8 +171,12 @@ def test_layers_with_a_window_stay_as_they_are(tmp_path, before, attention, fami
     assert sorted(cache.stored) == [0, 1]
     assert len(cache) == 4
     assert torch.equal(written(out, ids, mask, surgery_cache=LOSSLESS), written(stock, ids, mask))
-    assert torch.equal(written(out, ids, mask, num_beams=3, surgery_cache=LOSSLESS), written(stock, ids, mask, num_beams=3))
-    got = written(out, ids, mask, surgery_cache={**SMALL, "reserve_ratio": 0.3}, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(
+        written(out, ids, mask, num_beams=3, surgery_cache=LOSSLESS), written(stock, ids, mask, num_beams=3)
+    )
+    got = written(
+        out, ids, mask, surgery_cache={**SMALL, "reserve_ratio": 0.3}, return_dict_in_generate=True, output_logits=True
+    )
     assert all(logits.isfinite().all() for logits in got.logits)
     assert [layer["layer"] for layer in out.surgery_cache_report()["layers"]] == [0, 1]
     one = tokens(PROMPT + 20)
@@ -223,7 +235,13 @@ def test_settings_are_those_of_the_config(tmp_path):
     assert 0.4 < model(tokens(200)).past_key_values.report()["ratio"] <= 0.62
     paper = convert(tmp_path / "base", tmp_path / "paper", method="paper", reserve_ratio=0.4)
     chosen = load(paper).surgery_cache().settings
-    assert (chosen.method, chosen.theta_k, chosen.theta_v, chosen.heads, chosen.bits) == ("paper", 0.98, 0.95, "mask", 16)
+    assert (chosen.method, chosen.theta_k, chosen.theta_v, chosen.heads, chosen.bits) == (
+        "paper",
+        0.98,
+        0.95,
+        "mask",
+        16,
+    )
 
 
 def test_the_built_in_model_decodes(tmp_path):

@@ -58,8 +58,8 @@ def load(folder, attention):
 
 def write(model, ids, mask, count=30, **options):
     torch.manual_seed(0)
-    options = {"do_sample": False, **options}
-    return model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, **options)
+    options = {"do_sample": False, "min_new_tokens": count, **options}
+    return model.generate(ids, attention_mask=mask, max_new_tokens=count, **options)
 
 
 def check(case, what, holds):

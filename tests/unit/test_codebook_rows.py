@@ -369,7 +369,13 @@ def test_consecutive_places_take_no_memory(first):
     run = head([first, first + 1, first + 2])
     longer = run.append(torch.tensor([first + 3]), normal(1, 4), normal(1, 4), greedy=False)
     gap = longer.append(torch.tensor([first + 5]), normal(1, 4), normal(1, 4), greedy=False)
-    for held, count, size in ((run, 3, 0), (longer, 4, 0), (head([first]), 1, 0), (head([first, first + 2]), 2, 2), (gap, 5, 5)):
+    for held, count, size in (
+        (run, 3, 0),
+        (longer, 4, 0),
+        (head([first]), 1, 0),
+        (head([first, first + 2]), 2, 2),
+        (gap, 5, 5),
+    ):
         assert len(held) == count
         assert held.position.dtype == torch.int64
         expected = [first + at for at in range(count)]
@@ -530,7 +536,9 @@ def chosen_by_hand(past, ratio, layer, layers, how, pool=1):
 
 
 @pytest.mark.parametrize("how", ["mask", "union", "mean"])
-@pytest.mark.parametrize(("layer", "ratio", "per_group"), [(0, 0.3, 3), (3, 0.3, 1), (1, 0.7, 9), (3, 0.9, 3), (2, 0.05, 3)])
+@pytest.mark.parametrize(
+    ("layer", "ratio", "per_group"), [(0, 0.3, 3), (3, 0.3, 1), (1, 0.7, 9), (3, 0.9, 3), (2, 0.05, 3)]
+)
 def test_heads_choose_as_if_they_were_unfolded(how, layer, ratio, per_group):
     past = past_of(per_group=per_group)
     given = settings(method="paper", reserve_ratio=ratio, heads=how, theta_k=1.0, theta_v=1.0)
