@@ -82,8 +82,8 @@ class CodebookGeneration:
         kind = kwargs.get("cache_implementation", getattr(configured, "cache_implementation", None))
         wanted = kwargs.get("use_cache", getattr(configured, "use_cache", True)) is not False
         if kwargs.get("past_key_values") is None and wanted:
-            if kind not in (None, "dynamic"):
-                if surgery_cache is not None:
+            if kind is not None:  # transformers makes it; for drafts it asks for a "dynamic_full" one
+                if surgery_cache is not None and not str(kind).startswith("dynamic"):
                     raise ValueError(f"a {kind} cache is not coded: pass surgery_cache=None with cache_implementation")
             elif surgery_cache is None:
                 kwargs["past_key_values"] = stock_cache(self.config)
