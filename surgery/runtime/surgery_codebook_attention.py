@@ -33,8 +33,17 @@ def _with_codebook(native: Any) -> type:
     return type(f"Codebook{native.__name__}", (CodebookAttention, native), {"__doc__": CodebookAttention.__doc__})
 
 
+def _revived(native: Any) -> Any:
+    made: Any = _with_codebook(native)
+    return made.__new__(made)
+
+
 class CodebookAttention:
     """Stands before a native attention class, or before `LatentAttention`, among the bases of a class."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles look classes up by name, and this one is made at run time."""
+        return _revived, (type(self).__bases__[1],), self.__dict__
 
     def forward(
         self: Any,

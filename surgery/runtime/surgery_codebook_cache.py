@@ -68,7 +68,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
             )
         if position is None:
             position = torch.arange(seen, seen + count, device=like.device)[None]
-        self.places = max(self.places, int(position.max()) + 1) if count > 1 or not seen else self.places + 1
+        self.places = max(self.places, int(position.max()) + 1)
         position = position.expand(batch, -1)
         if mask is not None:
             position = torch.where(mask[:, -count:].bool(), position, -1)
@@ -112,16 +112,17 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
             layer.settle()
             return
         asked, count = self.now.position.to(query.device), query.shape[2]
-        is_answer = count <= settings.residual and layer.seen > count
-        due = layer.seen >= (self.prompt_length or 0)
-        if layer.seen < settings.min_prompt + (2 * settings.residual if is_answer else 0) or not due:
-            if not is_answer or not due:
-                layer.watch(query, asked, settings.window)
+        is_answer = count <= settings.residual and layer.seen > count and layer.seen != self.prompt_length
+        if layer.seen < (self.prompt_length or 0):
+            layer.watch(query, asked, settings.window)
+            return
+        if layer.seen < settings.min_prompt + (2 * settings.residual if is_answer else 0):
+            layer.query = layer.asked = None  # a prompt that stays as it is needs no judges later, and no ids
+            if layer_idx == 0:
+                self.past_ids = None
             return
         if layer.query is not None:
             query, asked = torch.cat([layer.query, query], 2), torch.cat([layer.asked, asked], 1)
-        if self.prompt_length is not None and layer.seen == self.prompt_length:
-            is_answer = False
         self._code(layer_idx, query, asked, turned, columns, scaling, is_answer)
 
     def _code(
@@ -154,8 +155,10 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
                 self.turning(columns, query.device), None if ids is None else ids.to(query.device),
             )  # fmt: skip
             coded.append(self._heads(past, layer_idx, row, len(real), is_answer))
-            raws.append(torch.nn.functional.pad(raw, (sinks + newest - len(raw), 0), value=-1))
-        layer.code(coded, torch.stack(raws), newest)
+            raws.append(raw)
+        width = max(map(len, raws))
+        padded = [torch.nn.functional.pad(raw, (width - len(raw), 0), value=-1) for raw in raws]
+        layer.code(coded, torch.stack(padded), min(newest, width))
         if layer_idx == 0:
             self.past_ids = None
 
@@ -261,7 +264,6 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         if stock:
             super().crop(max_length)
         self.tokens = self.tokens - count
-        self.places -= count
         if count and self.past_ids is not None:
             self.past_ids = self.past_ids[:, :-count]
 

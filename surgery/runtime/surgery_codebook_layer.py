@@ -280,6 +280,8 @@ class StoredLayer:
                 f"{count} tokens are to be taken back, and only the newest {self.free} are as they were: "
                 "the others are coded. Use surgery_cache=None for what rolls back further, or a larger residual"
             )
+        if count and bool((self.position[:, -count:] < 0).any()):
+            raise ValueError("tokens are to be taken back that are padding in some sequences: pad on the left")
         if count:
             keep = self.key.shape[2] - count
             self.key, self.value = self.key[:, :, :keep].clone(), self.value[:, :, :keep].clone()

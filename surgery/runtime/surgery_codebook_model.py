@@ -78,7 +78,10 @@ class CodebookGeneration:
         """
         configured = self.generation_config if generation_config is None else generation_config
         if surgery_cache is UNSAID:
-            surgery_cache = getattr(configured, "surgery_cache", {})
+            of_model = getattr(self.generation_config, "surgery_cache", {})
+            surgery_cache = getattr(configured, "surgery_cache", of_model)
+        elif surgery_cache is not None and kwargs.get("past_key_values") is not None:
+            raise ValueError("surgery_cache is for a new cache, and past_key_values gives one: leave one of them out")
         kind = kwargs.get("cache_implementation", getattr(configured, "cache_implementation", None))
         wanted = kwargs.get("use_cache", getattr(configured, "use_cache", True)) is not False
         if kwargs.get("past_key_values") is None and wanted:
@@ -96,8 +99,7 @@ class CodebookGeneration:
                 kwargs["past_key_values"] = new_cache(self.model, settings, length)
         output = super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
         used = kwargs.get("past_key_values")
-        if isinstance(used, CodebookCache):
-            self._codebook_report = used.report()
+        self._codebook_report = used.report() if isinstance(used, CodebookCache) else None
         return output
 
     def surgery_cache(self: Any, prompt_length: int | None = None, **settings: Any) -> DynamicCache:

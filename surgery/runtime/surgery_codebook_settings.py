@@ -54,6 +54,8 @@ class CacheSettings:
             raise ValueError(f"surgery_cache has no setting {unknown[0]!r}; there are: {', '.join(sorted(known))}")
         method = (changes or {}).get("method", base.get("method"))
         preset = PAPER if method == "paper" and base.get("method") != "paper" else {}
+        if method != "paper" and base.get("method") == "paper":  # its presets are of no use to another method
+            base = {name: value for name, value in base.items() if name not in PAPER}
         settings = replace(cls(), **{**base, **preset, **(changes or {})})
         settings.check()
         return settings

@@ -85,7 +85,7 @@ def test_bytes_add_up(coded: Path) -> None:
         assert layer["bytes"] == sum(layer[kind] for kind in KINDS)
         assert layer["stock_bytes"] == 512 * 2 * 2 * 32 * 2  # tokens, keys and values, heads, width, bfloat16
         assert 0 < layer["stored_tokens"] <= layer["seen_tokens"] == 512 * 2
-    assert found.bytes == sum(layer["bytes"] for layer in found.layers)
+    assert found.bytes == sum(layer["bytes"] for layer in found.layers) + 8  # and a count of tokens
     assert found.stock_bytes == sum(layer["stock_bytes"] for layer in found.layers)
     assert found.ratio == found.bytes / found.stock_bytes <= 0.3 + 0.02
     assert json.loads(json.dumps(found.to_json()))["layers"][5]["layer"] == 5
