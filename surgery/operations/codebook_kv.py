@@ -31,7 +31,7 @@ The cache is used by `generate` and by plain calls as it is. A call may say othe
 ```python
 model.generate(**inputs, surgery_cache={"reserve_ratio": 0.5})  # these settings over those of config.json
 model.generate(**inputs, surgery_cache=None)                    # the stock cache: the base model exactly
-model.surgery_cache_report()                                    # bytes of the last call, by layer and kind
+model.surgery_cache_report()                                    # bytes of the last coded call, by layer and kind
 ```
 
 `generation_config.surgery_cache` holds settings for all calls. For a prompt that comes in several calls of the model,

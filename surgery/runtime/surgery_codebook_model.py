@@ -99,7 +99,8 @@ class CodebookGeneration:
                 kwargs["past_key_values"] = new_cache(self.model, settings, length)
         output = super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
         used = kwargs.get("past_key_values")
-        self._codebook_report = used.report() if isinstance(used, CodebookCache) else None
+        if isinstance(used, CodebookCache):
+            self._codebook_report = used.report()
         return output
 
     def surgery_cache(self: Any, prompt_length: int | None = None, **settings: Any) -> DynamicCache:
@@ -111,7 +112,7 @@ class CodebookGeneration:
         return new_cache(self.model, CacheSettings.of(base, settings), prompt_length)
 
     def surgery_cache_report(self: Any, cache: CodebookCache | None = None) -> dict[str, Any]:
-        """Bytes of `cache`, or of that of the last `generate`, by layer and kind, beside those of the stock cache."""
+        """Bytes of `cache`, or of the last that `generate` coded, by layer and kind, beside those of the stock cache."""
         if isinstance(cache, CodebookCache):
             return cache.report()
         if cache is not None:
