@@ -112,7 +112,7 @@ class CodebookGeneration:
         return new_cache(self.model, CacheSettings.of(base, settings), prompt_length)
 
     def surgery_cache_report(self: Any, cache: CodebookCache | None = None) -> dict[str, Any]:
-        """Bytes of `cache`, or of the last that `generate` coded, by layer and kind, beside those of the stock cache."""
+        """Bytes of `cache`, or of the last that `generate` coded, by layer and kind, beside the stock cache's."""
         if isinstance(cache, CodebookCache):
             return cache.report()
         if cache is not None:
