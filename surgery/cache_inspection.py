@@ -23,6 +23,7 @@ from surgery.errors import (
     UnsafeCheckpoint,
     UsageError,
 )
+from surgery.metrics.cache import coded_cache
 from surgery.progress import Progress, Report, silent
 from surgery.suggestions import did_you_mean
 from surgery.verification import LOCK, check_hashes
@@ -133,10 +134,8 @@ def cache_report(
 def _language(opened: Checkpoint) -> Mapping[str, Any]:
     """The config of the language model, which has a codebook cache. Raises UsageError where it has none."""
     for config in (opened.config, opened.config.get("text_config")):
-        if isinstance(config, Mapping):
-            ours = config.get("surgery")
-            if isinstance(ours, Mapping) and isinstance(ours.get("codebook_cache"), Mapping):
-                return config
+        if isinstance(config, Mapping) and coded_cache(config) is not None:
+            return config
     raise UsageError(
         f"{opened.folder} has no codebook cache", cause="its config.json has no surgery.codebook_cache",
         remedy=f"make one that has: surgery convert {opened.folder} OUT -o codebook_kv",

@@ -13,7 +13,7 @@ from torch import Tensor
 from .loading import forward
 from .outcome import Outcome, failed, passed, skipped
 from .quality import windows
-from .subject import Subject, text_config
+from .subject import Subject, divergence, text_config
 
 # Windows that are decoded token by token.
 TRIED = 4
@@ -60,13 +60,12 @@ def _divergence(subject: Subject, tokens: Tensor, settings: dict[str, Any]) -> f
     total = 0.0
     for row in tokens:
         window = row[None]
-        expected = forward(subject.model, window)[0, half:].float().log_softmax(-1)
+        expected = forward(subject.model, window)[:, half:]
         cache = transformers.QuantizedCache(config=subject.model.config, **settings)
         subject.model(input_ids=window[:, :half], past_key_values=cache, use_cache=True)
         steps = []
         for at in range(half, window.shape[1]):
             step = subject.model(input_ids=window[:, at : at + 1], past_key_values=cache, use_cache=True)
             steps.append(step.logits)
-        ours = torch.cat(steps, 1)[0].float().log_softmax(-1)
-        total += float((expected.exp() * (expected - ours)).sum(-1).mean())
+        total += divergence(expected, torch.cat(steps, 1))
     return total / len(tokens)

@@ -11,7 +11,7 @@ from .attention import tensors_of
 from .loading import forward
 from .outcome import Outcome, skipped, verdict
 from .quality import windows
-from .subject import Subject, coded_cache, relative, text_config
+from .subject import Subject, coded_cache, divergence, relative, text_config
 
 LONGEST, ROWS = 1024, 4
 ANSWERED = 4  # the last 1/4 of each row is read with the coded cache
@@ -34,7 +34,7 @@ def codebook_cache(subject: Subject) -> Outcome:
         problems.append(f"a cache that keeps everything is off by {difference:.3g} of the largest logit")
     logits, report = _read(subject, tokens, start, {"min_prompt": 0})
     problems += [] if logits.isfinite().all() else ["logits of the coded cache are not finite"]
-    cost = _divergence(reference, logits)
+    cost = divergence(reference, logits)
     subject.measurements["codebook_cache_ratio"] = report["ratio"]
     subject.measurements["codebook_cache_tokens"] = start
     subject.measurements["kl_codebook_cache"] = cost
@@ -76,8 +76,3 @@ def _read(subject: Subject, tokens: Tensor, start: int, settings: dict[str, Any]
         for first, last in parts
     ]
     return torch.cat(logits, 1), report
-
-
-def _divergence(expected: Tensor, found: Tensor) -> float:
-    ours, theirs = (logits.float().log_softmax(-1) for logits in (found, expected))
-    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())

@@ -155,6 +155,12 @@ def relative(difference: Tensor, reference: Tensor) -> float:
     return largest / reference.abs().max().item() if largest else 0.0
 
 
+def divergence(expected: Tensor, found: Tensor) -> float:
+    """Mean KL in nats of the distributions that logits `found` [..., V] stand for from those of `expected`."""
+    theirs, ours = (logits.float().log_softmax(-1) for logits in (expected, found))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
 def _auto_class(config: Mapping[str, Any]) -> Any:
     """The Auto class that a user of this checkpoint would call."""
     named = config.get("auto_map") or {}

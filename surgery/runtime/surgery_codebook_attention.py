@@ -8,13 +8,19 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .surgery_codebook_cache import CodebookCache
-from .surgery_codebook_layer import columns_of, rotate
-from .surgery_compatibility import attention_returns_cache, flash_width, sliding_window
+from .surgery_compatibility import (
+    attention_returns_cache,
+    columns_of,
+    normalize,
+    padded_for_flash,
+    rotate,
+    sliding_window,
+)
 
 
 def codebook_attention(config: Any, layer_idx: int, replaced: Any) -> Any:
@@ -68,7 +74,7 @@ class CodebookAttention:
             )
 
         query, key, value = _states(self, hidden_states)
-        columns = _columns(self, position_embeddings[0])
+        columns = self.rotary_columns(position_embeddings[0]) if hasattr(self, "rotary_columns") else None
         cos, sin = columns_of(*position_embeddings, columns)
         layer, position = cache.stored[self.layer_idx], cache.now.position.to(key.device)
         layer.append(key, value, position)
@@ -84,7 +90,9 @@ class CodebookAttention:
             attention = eager_attention_forward
             if name != "eager":
                 attention = ALL_ATTENTION_FUNCTIONS[name]
-            states = _padded(query, turned, layer.value) if "flash" in name else (query, turned, layer.value)
+            states: tuple[Tensor, ...] = (query, turned, layer.value)
+            if "flash" in name:
+                states = padded_for_flash(*states)
             output, weights = attention(self, *states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
             output = output[..., : value.shape[-1]]
         else:
@@ -92,12 +100,6 @@ class CodebookAttention:
         cache.settle(self.layer_idx, query, turned, columns, self.scaling)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return (output, weights, cache) if self.codebook_returns_cache else (output, weights)
-
-
-def _padded(*states: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value as wide as flash kernels want them: zero channels change no dot product."""
-    width = flash_width(states[0].shape[-1], states[2].shape[-1])
-    return tuple(nn.functional.pad(x, (0, width - x.shape[-1])) for x in states) if width else states
 
 
 def _states(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,21 +115,9 @@ def _states(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         query, key, value = attention.q_proj(hidden), attention.k_proj(hidden), attention.v_proj(hidden)
     if hasattr(attention, "q_norm"):
-        query, key = _normalized(query, attention.q_norm), _normalized(key, attention.k_norm)
+        query, key = normalize(query, attention.q_norm), normalize(key, attention.k_norm)
     clip = getattr(config, "clip_qkv", None)
     if clip is not None:
         query, key, value = (x.clamp(min=-clip, max=clip) for x in (query, key, value))
     query, key, value = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (query, key, value))
     return query, key, value
-
-
-def _normalized(states: Tensor, norm: Any) -> Tensor:
-    """Apply a norm over each head or over all heads at once, whichever the norm's weight is made for."""
-    normalized: Tensor = norm(states.unflatten(-1, (-1, norm.weight.shape[-1])))
-    return normalized.flatten(-2)
-
-
-def _columns(attention: Any, table: Tensor) -> Tensor | None:
-    """Which columns of the rotary table the heads use: None for all, [w] for the same, [G, w] for each its own."""
-    columns: Tensor | None = attention.rotary_columns(table) if hasattr(attention, "rotary_columns") else None
-    return columns

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
 from .surgery_codebook_layer import Head, StoredLayer, Turning
@@ -15,16 +16,21 @@ from .surgery_codebook_settings import CacheSettings
 from .surgery_codebook_solver import Past, paper, size_of, solved, whole
 
 NEVER = 2**31 - 1  # where padding stands: no query is as late
+UNLIMITED = -1 if hasattr(cache_utils, "DynamicLayer") else None  # as the installed release spells it
 PROBES = 32  # queries from all over a prompt, beside its window's, that judge how its layers are coded
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the model: the places [B, T] of its tokens (-1 for padding), and their ids where they are known."""
+    """One call of the model: the places [B, T] of its tokens (-1 for padding), and rotation at any place."""
 
     position: Tensor
-    ids: Tensor | None
     table: Callable[[], tuple[Tensor, Tensor]]
+
+
+def stock_options(config: Any) -> dict[str, Any]:
+    """What a stock cache is made with, where the installed release takes it: the config says which layers slide."""
+    return {"config": config} if "config" in inspect.signature(DynamicCache.__init__).parameters else {}
 
 
 class CodebookCache(DynamicCache):  # type: ignore[misc]
@@ -35,10 +41,9 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, settings: CacheSettings, coded: Iterable[int], config: Any = None, prompt_length: int | None = None
+        self, settings: CacheSettings, coded: Iterable[int], config: Any, prompt_length: int | None = None
     ) -> None:
-        takes_config = config is not None and "config" in inspect.signature(DynamicCache.__init__).parameters
-        super().__init__(**({"config": config} if takes_config else {}))
+        super().__init__(**stock_options(config))
         self.settings, self.prompt_length = settings, prompt_length
         self.stored = {index: StoredLayer(settings.residual, settings.greedy) for index in coded}
         self.spare: dict[int, float] = {}  # bytes that layers left of their budgets, by sequence
@@ -87,7 +92,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
                 made.append((cos[0], sin[0]))
             return made[0]
 
-        self.step = Step(position, ids, table)
+        self.step = Step(position, table)
 
     def complete(self, layer_idx: int) -> bool:
         """Whether a layer holds every token as it was."""
@@ -226,11 +231,11 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
 
     def get_max_cache_shape(self, *_: Any) -> int | None:
         """No limit."""
-        return None if _unlimited_is_none() else -1
+        return UNLIMITED
 
     def get_max_length(self, *_: Any) -> int | None:
         """No limit."""
-        return self.get_max_cache_shape()
+        return UNLIMITED
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow beams."""
@@ -303,9 +308,3 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         total, stock = (sum(layer[name] for layer in layers) for name in ("bytes", "stock_bytes"))
         total += self.tokens.nbytes
         return {"bytes": total, "stock_bytes": stock, "ratio": total / stock if stock else 1.0, "layers": layers}
-
-
-def _unlimited_is_none() -> bool:
-    """How the installed release spells it."""
-    ask = getattr(DynamicCache, "get_max_cache_shape", None)
-    return ask is not None and DynamicCache().get_max_cache_shape() is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .surgery_codebook_rows import Coded, held_bytes, pieces, small_int
+from .surgery_compatibility import columns_of, rotate
 
 QUERIES = 256  # that attend at once, so that weights stay small
 EVERYONE = {torch.uint8: 255, torch.int32: 2**31 - 1}
@@ -47,10 +48,9 @@ class Head:
 
     def append(self, position: Tensor, key: Tensor, value: Tensor, greedy: bool) -> "Head":
         """This head with M more tokens: position [M], key [M, d], value [M, s]."""
-        everyone = (
-            None if self.mask is None else torch.full_like(position, EVERYONE[self.mask.dtype], dtype=self.mask.dtype)
-        )
-        mask = None if self.mask is None or everyone is None else torch.cat([self.mask, everyone])
+        mask = self.mask
+        if mask is not None:
+            mask = torch.cat([mask, torch.full_like(position, EVERYONE[mask.dtype], dtype=mask.dtype)])
         place = placed(torch.cat([self.position, position]))
         return Head(place, self.key.append(key, greedy), self.value.append(value, greedy), mask)
 
@@ -122,23 +122,6 @@ def _logits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     logits = query[:, :pairs] @ (one * cos).addcmul_(two, sin, value=-1).T
     logits = logits.addmm_(query[:, pairs : 2 * pairs], (two * cos).addcmul_(one, sin).T)
     return logits.addmm_(query[:, 2 * pairs :], rest.T) if rest.shape[-1] else logits
-
-
-def columns_of(cos: Tensor, sin: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, T, table] -> [B, 1 or G, T, w]."""
-    if columns is None:
-        return cos[:, None], sin[:, None]
-    if columns.ndim == 1:
-        return cos[:, None, :, columns], sin[:, None, :, columns]
-    return cos[..., columns].transpose(1, 2), sin[..., columns].transpose(1, 2)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first `cos.shape[-1]` channels, half-split: channels j and j + n are a pair."""
-    rotary, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
-    first, second = rotary.chunk(2, dim=-1)
-    rotary = (rotary * cos) + (torch.cat((-second, first), dim=-1) * sin)
-    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
 
 
 class StoredLayer:
@@ -217,12 +200,12 @@ class StoredLayer:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes depend on the text
     def attend(self, query: Tensor, position: Tensor, turning: Turning, scaling: float) -> Tensor:
-        """Rotated queries [B, H, T, d] at position [B, T] -> [B, T, H, s]."""
-        pieces = [
+        """Rotated queries [B, H, T, d] at position [B, T] -> [B, T, H, s], once something was coded."""
+        outputs = [
             self._attend(query[:, :, start : start + QUERIES], position[:, start : start + QUERIES], turning, scaling)
             for start in range(0, query.shape[2], QUERIES)
         ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        return torch.cat(outputs, 1)
 
     def _attend(self, query: Tensor, position: Tensor, turning: Turning, scaling: float) -> Tensor:
         batch, count, asked, _ = query.shape
@@ -233,16 +216,12 @@ class StoredLayer:
         hidden = (self.position[:, None] > position[:, :, None]) | (self.position < 0)[:, None]
         hidden = hidden[:, None, None].expand(-1, groups, share, -1, -1).flatten(2, 3)
         recent = recent.masked_fill(hidden, torch.finfo(recent.dtype).min)  # finite: a padding query sees only these
-        if self.heads is None:
-            mixed: Tensor = recent.softmax(-1).to(query.dtype) @ self.value
-        else:
-            each = [
-                self._one(head, grouped[row, index], recent[row, index], (row, index), turning, scaling, asked)
-                for row, heads in enumerate(self.heads)
-                for index, head in enumerate(heads)
-            ]
-            mixed = torch.stack(each)
-        return mixed.view(batch, count, asked, -1).transpose(1, 2)
+        each = [
+            self._one(head, grouped[row, index], recent[row, index], (row, index), turning, scaling, asked)
+            for row, heads in enumerate(self.heads or [])
+            for index, head in enumerate(heads)
+        ]
+        return torch.stack(each).view(batch, count, asked, -1).transpose(1, 2)
 
     def _one(
         self,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model and its `generate` with a `CodebookCache` where no cache is given."""
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from .surgery_codebook_attention import CodebookAttention
-from .surgery_codebook_cache import CodebookCache
+from .surgery_codebook_cache import CodebookCache, stock_options
 from .surgery_codebook_settings import CacheSettings
 
 UNSAID: Any = object()
@@ -125,5 +124,4 @@ class CodebookGeneration:
 
 def stock_cache(config: Any) -> DynamicCache:
     """What transformers would make."""
-    takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters
-    return DynamicCache(**({"config": config} if takes_config else {}))
+    return DynamicCache(**stock_options(config))

@@ -18,6 +18,7 @@ ALL = slice(None)
 SHRINKS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.85, 0.7), 4: (1.0, 0.9, 0.8)}  # scales that are tried, by bits
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits of a number that lie together, lowest first
 LEAST_SPREAD = 0.01  # of the size of vectors: others may come that are not as much alike
+MOST = torch.finfo(torch.float32).max
 SMALLEST, LARGEST = 1e-4, 6e4  # what float16 holds at full precision
 
 
@@ -94,18 +95,14 @@ def _round(vectors: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low = -(2 ** (bits - 1))
     most = vectors.abs().amax(-1, keepdim=True).clamp(min=1e-6) / (-low - 0.5)
     kind = torch.float16 if not len(most) or float(most.max()) <= LARGEST else torch.float32
-    best = levels = scales = None
+    best, levels, scales = torch.full_like(most, float("inf")), torch.zeros_like(vectors), most
     for shrink in SHRINKS.get(bits, (1.0,)):
         scale = (most * shrink).to(kind).float()
         code = (vectors / scale).floor_().clamp_(low, -low - 1)
-        error = ((code + 0.5) * scale - vectors).pow_(2).sum(-1, keepdim=True)
-        if best is None or levels is None or scales is None:
-            best, levels, scales = error, code, scale
-        else:
-            better = error < best
-            best = torch.where(better, error, best)
-            levels, scales = torch.where(better, code, levels), torch.where(better, scale, scales)
-    assert levels is not None and scales is not None  # noqa: S101, PT018 - there is at least one shrink
+        error = ((code + 0.5) * scale - vectors).pow_(2).sum(-1, keepdim=True).clamp_(max=MOST)
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
+        levels = torch.where(better, code, levels)
     return _pack(levels, bits), scales[:, 0].to(kind)
 
 
@@ -127,13 +124,11 @@ def _unpack(codes: Tensor, bits: int, width: int) -> Tensor:
     if bits == 8:
         return codes.float().add_(0.5)
     planes = codes.split([-(-width * plane // 8) for plane in PLANES[bits]], -1)
-    numbers, shift = None, 0
+    numbers, shift = codes.new_zeros(len(codes), width), 0
     for part, plane in zip(planes, PLANES[bits], strict=True):
         mask = 2**plane - 1
         pieces = [(part >> (plane * index)) & mask if index else part & mask for index in range(8 // plane)]
-        found = torch.cat(pieces, -1)[:, :width]
-        numbers, shift = found if numbers is None else numbers | (found << shift), shift + plane
-    assert numbers is not None  # noqa: S101 - there is at least one plane
+        numbers, shift = numbers | (torch.cat(pieces, -1)[:, :width] << shift), shift + plane
     return numbers.float().add_(0.5 - 2 ** (bits - 1))
 
 
@@ -202,15 +197,12 @@ def directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def share(vectors: Tensor, theta: float, bits: int, greedy: bool = False) -> Coded:
     """Vectors [N, d] by a codebook: each has a code whose cosine with it is above `theta`, or is a code itself."""
-    unit, length = directions(vectors)
-    return shared(vectors, unit, length, cover(unit, theta, greedy=greedy), theta, bits)
+    return shared(vectors, cover(directions(vectors)[0], theta, greedy=greedy), theta, bits)
 
 
-def shared(
-    vectors: Tensor, unit: Tensor, length: Tensor, covered: tuple[Tensor, Tensor], theta: float, bits: int
-) -> Coded:
-    """The same where directions, lengths and what `cover` gives are known."""
-    members, ref = covered
+def shared(vectors: Tensor, covered: tuple[Tensor, Tensor], theta: float, bits: int) -> Coded:
+    """The same where it is known what `cover` gives."""
+    (members, ref), (unit, length) = covered, directions(vectors)
     return Coded(pack(unit[members].to(vectors.dtype), bits), small_int(ref), small_float(length), theta)
 
 
@@ -231,7 +223,7 @@ def cover(unit: Tensor, theta: float, known: Tensor | None = None, greedy: bool 
     have more neighbours than each of their neighbours become codes at once, until every vector has one.
     """
     codes = unit[:0] if known is None else known
-    count = offset = len(codes)
+    count = len(codes)
     members, refs = [], []
     for start in range(0, len(unit), BLOCK):
         block = unit[start : start + BLOCK]
@@ -251,7 +243,6 @@ def cover(unit: Tensor, theta: float, known: Tensor | None = None, greedy: bool 
             count = len(codes)
         refs.append(ref)
     nothing = torch.zeros(0, dtype=torch.long, device=unit.device)
-    assert count - offset == sum(map(len, members))  # noqa: S101 - every new code is a member
     return torch.cat([nothing, *members]), torch.cat([nothing, *refs])
 
 
@@ -260,7 +251,7 @@ def _one_by_one(near: Tensor) -> tuple[Tensor, Tensor]:
     degree = near.sum(-1)
     ref = torch.full_like(degree, -1)
     chosen: list[Tensor] = []
-    while (best := degree.argmax()) is not None and int(degree[best]) > 0:
+    while int(degree[best := degree.argmax()]) > 0:
         taken = (near[best] & (ref < 0)).nonzero()[:, 0]
         ref[taken] = len(chosen)
         chosen.append(best)

@@ -286,7 +286,7 @@ def _coded(
         if theta < 1:
             members, ref = _covered(past, kind, head, columns, theta, greedy)
             if len(members) * row + len(columns) * 4 < len(columns) * row:
-                pair.append(shared(vectors, *directions(vectors), (members, ref), theta, own_bits))
+                pair.append(shared(vectors, (members, ref), theta, own_bits))
                 continue
         pair.append(Coded(pack(vectors, own_bits)))
     return pair[0], pair[1]

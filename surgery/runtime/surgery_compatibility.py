@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where releases of transformers differ, found by looking at what is installed, never at its version number."""
+"""What our files share: how releases of transformers differ, and the arithmetic around an attention function.
+
+Differences are found by looking at what is installed, never at its version number.
+"""
 
 import inspect
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import cache_utils
@@ -69,10 +73,13 @@ def update_cache(cache: Any, key: Tensor, value: Tensor, layer_idx: int, options
     return cache.update(key, value, layer_idx, {"cache_position": positions})
 
 
-def flash_width(key_width: int, value_width: int) -> int | None:
-    """The one width, a multiple of 8, that flash kernels want of queries, keys and values; None if it is there."""
-    width = -(-max(key_width, value_width) // 8) * 8
-    return None if key_width == value_width == width else width
+def padded_for_flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """The three in one width, a multiple of 8, as flash kernels want them; the output has to be cropped afterwards.
+
+    Zero channels change no dot product.
+    """
+    width = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
+    return tuple(nn.functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
 
 
 def attention_returns_cache(native_attention: nn.Module) -> bool:
@@ -94,3 +101,26 @@ def sliding_window(config: Any, layer_idx: int, native_attention: Any) -> int | 
         return window if config.layer_types[layer_idx] == "sliding_attention" else None
     in_use = getattr(config, "use_sliding_window", True) and layer_idx >= getattr(config, "max_window_layers", 0)
     return window if in_use else None
+
+
+def columns_of(cos: Tensor, sin: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, T, table] -> [B, 1 or G, T, w]."""
+    if columns is None:
+        return cos[:, None], sin[:, None]
+    if columns.ndim == 1:
+        return cos[:, None, :, columns], sin[:, None, :, columns]
+    return cos[..., columns].transpose(1, 2), sin[..., columns].transpose(1, 2)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first `cos.shape[-1]` channels, half-split: channels j and j + n are a pair."""
+    rotary, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    first, second = rotary.chunk(2, dim=-1)
+    rotary = (rotary * cos) + (torch.cat((-second, first), dim=-1) * sin)
+    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
+
+
+def normalize(states: Tensor, norm: Any) -> Tensor:
+    """Apply a norm over each head or over all heads at once, whichever the norm's weight is made for."""
+    normalized: Tensor = norm(states.reshape(*states.shape[:-1], -1, norm.weight.shape[-1]))
+    return normalized.flatten(-2)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .surgery_compatibility import attention_returns_cache, flash_width, sliding_window, update_cache
+from .surgery_compatibility import (
+    attention_returns_cache,
+    columns_of,
+    normalize,
+    padded_for_flash,
+    rotate,
+    sliding_window,
+    update_cache,
+)
 
 
 class LatentAttention(nn.Module):
@@ -83,9 +91,8 @@ class LatentAttention(nn.Module):
             key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         implementation = self.config._attn_implementation  # noqa: SLF001
-        padded = flash_width(self.qk_dim, self.vo_dim) if "flash" in implementation else None
-        if padded:  # zero channels change neither the dot products nor, once cropped, the output
-            query, key, value = (nn.functional.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
+        if "flash" in implementation:
+            query, key, value = padded_for_flash(query, key, value)
 
         attention = eager_attention_forward
         if implementation != "eager":
@@ -101,8 +108,7 @@ class LatentAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        if padded:
-            output = output[..., : self.vo_dim]
+        output = output[..., : self.vo_dim]  # flash kernels had it wider
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return (output, weights, cache) if self.returns_cache else (output, weights)
 
@@ -110,7 +116,7 @@ class LatentAttention(nn.Module):
         """[B, T, D] -> query [B, H, T, qk_dim], key [B, G, T, qk_dim], value [B, G, T, vo_dim], not yet rotated."""
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.select_after_norm:
-            query, key = _normalize(query, self.q_norm), _normalize(key, self.k_norm)
+            query, key = normalize(query, self.q_norm), normalize(key, self.k_norm)
         if self.clip_qkv is not None:
             query, key, value = (x.clamp(min=-self.clip_qkv, max=self.clip_qkv) for x in (query, key, value))
         query = query.unflatten(-1, (self.num_heads, -1))
@@ -129,15 +135,10 @@ class LatentAttention(nn.Module):
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Turn every kept pair by the angle the base's own table has for it."""
-        columns = self.rotary_columns(cos)
-        if columns is not None:
-            cos, sin = cos[..., columns], sin[..., columns]
-        if not self.pairs_per_head:
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-            return rotate(query, cos, sin), rotate(key, cos, sin)
-        cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
+        cos, sin = columns_of(cos, sin, self.rotary_columns(cos))
         key = rotate(key, cos, sin)
-        cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
+        if cos.shape[1] > 1:  # a table for each cached head, for the queries that share it
+            cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
         return rotate(query, cos, sin), key
 
 
@@ -183,17 +184,3 @@ class DeviceTable:
             with torch.inference_mode(False):  # so that training may use it later
                 self.made[device] = torch.tensor(self.values, dtype=self.dtype, device=device)
         return self.made[device]
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first `cos.shape[-1]` channels, half-split: channels j and j + n are a pair."""
-    rotary, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
-    first, second = rotary.chunk(2, dim=-1)
-    rotary = (rotary * cos) + (torch.cat((-second, first), dim=-1) * sin)
-    return torch.cat((rotary, rest), dim=-1) if rest.shape[-1] else rotary
-
-
-def _normalize(states: Tensor, norm: Any) -> Tensor:
-    """Apply a norm over each head or over all heads at once, whichever the norm's weight is made for."""
-    normalized: Tensor = norm(states.reshape(*states.shape[:-1], -1, norm.weight.shape[-1]))
-    return normalized.flatten(-2)
