@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from surgery.inspection import Inspection, inspect
     from surgery.manifest import Manifest, json_schema, load_manifest, manifest_from_dict
     from surgery.planning import Plan
+    from surgery.pruning_inspection import PruningReport, pruning_report
     from surgery.reproduction import reproduce
     from surgery.verification import Verification, verify
 
@@ -34,6 +35,7 @@ __all__ = [
     "Inspection",
     "Manifest",
     "Plan",
+    "PruningReport",
     "SurgeryError",
     "Verification",
     "__version__",
@@ -45,6 +47,7 @@ __all__ = [
     "manifest_from_dict",
     "operations",
     "plan",
+    "pruning_report",
     "reproduce",
     "verify",
 ]
@@ -55,6 +58,7 @@ _PLACES = {
     "Inspection": "inspection",
     "Manifest": "manifest",
     "Plan": "planning",
+    "PruningReport": "pruning_inspection",
     "SurgeryError": "errors",
     "Verification": "verification",
     "cache_report": "cache_inspection",
@@ -64,6 +68,7 @@ _PLACES = {
     "load_manifest": "manifest",
     "manifest_from_dict": "manifest",
     "plan": "api",
+    "pruning_report": "pruning_inspection",
     "reproduce": "reproduction",
     "verify": "verification",
 }

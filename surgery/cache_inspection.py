@@ -5,28 +5,19 @@ The model and its cache are the code that lies in the checkpoint, so nothing run
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.cache_picture import draw_picture
 from surgery.calibration.documents import BUILTIN_TEXTS, evaluation_text
-from surgery.checkpoint.reader import Checkpoint, open_checkpoint, reading_errors
-from surgery.errors import (
-    CorruptCheckpoint,
-    EnvironmentFailure,
-    MissingPackage,
-    SourceUnavailable,
-    UnsafeCheckpoint,
-    UsageError,
-)
+from surgery.checkpoint.reader import Checkpoint
+from surgery.errors import CorruptCheckpoint, UsageError
+from surgery.finished import load_result, memory_errors, open_result, quiet, refuse_changed, stage
 from surgery.metrics.cache import coded_cache
-from surgery.progress import Progress, Report, silent
+from surgery.progress import Report, silent
 from surgery.suggestions import did_you_mean
-from surgery.verification import LOCK, check_hashes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,32 +83,26 @@ def cache_report(
         raise UsageError(
             f"tokens is {tokens!r}", cause="a prompt has at least one token", remedy="give a whole number above 0"
         )
-    with reading_errors(folder):
-        if not folder.is_dir():
-            raise SourceUnavailable(
-                f"{folder} is not a folder", cause="a cache is looked at in a finished result, not in a base",
-                remedy="check the path, or make one: surgery convert BASE OUT -o codebook_kv",
-            )  # fmt: skip
-    opened = open_checkpoint(folder, trust_remote_code=True)  # reads; what may run is decided below
+    opened = open_result(folder, "codebook_kv")
     configured = _language(opened)["surgery"]["codebook_cache"]
     words = _text(text)
     if not trust_remote_code:
-        with _stage(report, "hash", "folder"):
-            _refuse_changed(folder)
+        with stage(report, "hash", "folder"):
+            refuse_changed(folder)
     notes: list[str] = []
     wanted = _longest(tokens, _language(opened), notes)
-    with _quiet():
-        with _stage(report, "load", "model"):
+    with quiet():
+        with stage(report, "load", "model"):
             ids = _ids(opened, words, wanted)
             if ids is None:
                 notes.append("the folder has no tokenizer: the prompt is seeded random tokens, unlike any text")
             elif len(ids) < wanted:
                 _check_length(len(ids), wanted, {**configured, **changes}.get("window"))
                 notes.append(f"the text has {len(ids):,} tokens, less than {wanted:,}")
-            model = _model(opened, device)
+            model = load_result(opened, device)
             cache = _cache(model, changes)
         prompt = _prompt(model, ids, wanted)
-        with _stage(report, "prompt", "prompt"):
+        with stage(report, "prompt", "prompt"):
             found = _run(model, prompt, cache)
     count = prompt.shape[1]
     if count < cache.settings.min_prompt:
@@ -140,16 +125,6 @@ def _language(opened: Checkpoint) -> Mapping[str, Any]:
         f"{opened.folder} has no codebook cache", cause="its config.json has no surgery.codebook_cache",
         remedy=f"make one that has: surgery convert {opened.folder} OUT -o codebook_kv",
     )  # fmt: skip
-
-
-def _refuse_changed(folder: Path) -> None:
-    """Raise UnsafeCheckpoint unless every file is what the lock says."""
-    hashes = check_hashes(folder)
-    if hashes.status != "pass":
-        raise UnsafeCheckpoint(
-            f"{folder} carries code, and is not what {LOCK} says it is", cause=hashes.detail[:300],
-            remedy="convert again, or read its .py files and pass --trust-remote-code (trust_remote_code=True)",
-        )  # fmt: skip
 
 
 def _longest(tokens: int, config: Mapping[str, Any], notes: list[str]) -> int:
@@ -208,27 +183,6 @@ def _ids(opened: Checkpoint, text: str, wanted: int) -> list[int] | None:
     return ids[:wanted]
 
 
-def _model(opened: Checkpoint, device: str) -> Any:
-    from surgery.calibration.loading import causal_lm, check_device
-
-    check_device(device)
-    try:
-        return causal_lm(opened, "auto", **({} if device == "cpu" else {"device_map": {"": device}})).eval()
-    except MemoryError:
-        raise
-    except ImportError as error:
-        raise MissingPackage(
-            f"{opened.folder} needs a package to load",
-            cause=str(error)[:300],
-            remedy="install what the line above names",
-        ) from error
-    except Exception as error:
-        raise CorruptCheckpoint(
-            f"the model in {opened.folder} does not load", cause=f"{type(error).__name__}: {error}"[:300],
-            remedy=f"see what is wrong with it: surgery verify {opened.folder}",
-        ) from error  # fmt: skip
-
-
 def _cache(model: Any, changes: Mapping[str, Any]) -> Any:
     """An empty cache. Raises UsageError where the runtime refuses its settings."""
     if not hasattr(model, "surgery_cache"):
@@ -269,38 +223,7 @@ def _prompt(model: Any, ids: list[int] | None, count: int) -> Tensor:
 def _run(model: Any, prompt: Tensor, cache: Any) -> Mapping[str, Any]:
     import torch
 
-    try:
-        with torch.no_grad():
-            model(input_ids=prompt.to(model.device), past_key_values=cache, use_cache=True)
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentFailure(
-            f"there is not enough memory for {prompt.shape[1]:,} tokens", cause=str(error).partition("\n")[0][:200],
-            remedy="ask for fewer tokens, or for another device",
-        ) from error  # fmt: skip
+    with torch.no_grad(), memory_errors(prompt.shape[1], "ask for fewer tokens"):
+        model(input_ids=prompt.to(model.device), past_key_values=cache, use_cache=True)
     found: Mapping[str, Any] = model.surgery_cache_report(cache)
     return found
-
-
-@contextmanager
-def _stage(report: Report, name: str, unit: str) -> Iterator[None]:
-    report(Progress(name, 0, 1, unit))
-    yield
-    report(Progress(name, 1, 1, unit))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars, logs and warnings of transformers meanwhile; afterwards all is as it was."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.writer import environment_errors
-from surgery.errors import OutputExists, UsageError
-from surgery.metrics.plots import require_plots
+from surgery.finished import write_picture
 
 if TYPE_CHECKING:
     from surgery.cache_inspection import CacheReport
 
 
-def check_picture(place: Path) -> None:
-    """Raise, before long work, where a picture could not be drawn or written after it; nothing is left there."""
-    require_plots("pictures are drawn")
-    if place.suffix.lower() != ".png":
-        raise UsageError(f"{place} is no name of a PNG", cause="pictures are PNG files", remedy="let it end in .png")
-    with environment_errors(place):
-        if place.exists() or place.is_symlink():
-            raise OutputExists(
-                f"{place} exists", cause="nothing is replaced unasked", remedy="choose another name, or remove it first"
-            )
-        if not place.parent.is_dir():
-            raise UsageError(
-                f"the folder of {place} is not there", cause=f"{place.parent} is no folder",
-                remedy="make it first, or choose another place",
-            )  # fmt: skip
-        with tempfile.TemporaryFile(dir=place.parent):
-            pass
-
-
 def draw_picture(place: Path, found: CacheReport) -> None:
     """Draw a report as the PNG `place`, which appears whole or not at all. Raises what `check_picture` raises."""
-    check_picture(place)
-    with environment_errors(place), tempfile.TemporaryDirectory(prefix=".surgery-", dir=place.parent) as near:
-        whole = Path(near) / place.name
-        _draw(whole, found)
-        whole.replace(place)
+    write_picture(place, lambda whole: _draw(whole, found))
 
 
 def _draw(path: Path, found: CacheReport) -> None:

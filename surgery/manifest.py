@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +23,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PlainSerializer,
-    PlainValidator,
     Tag,
-    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -36,6 +32,7 @@ from pydantic.json_schema import models_json_schema
 
 from surgery.document import CONSTANTS, Document, Keys, document_of, read_document
 from surgery.errors import UsageError
+from surgery.given import GivenFile
 from surgery.operations import operations as known_operations
 from surgery.operations.base import Count, Operation, Step
 from surgery.overrides import document_of_operations, override
@@ -53,25 +50,6 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./@-]*")
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-@dataclass(frozen=True, slots=True)
-class TextFile(os.PathLike[str]):
-    """A file of the manifest: `given` as it is written there, `path` where it is on this machine."""
-
-    given: str
-    path: Path = field(compare=False)
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-
-def _text_file(value: Any, info: ValidationInfo) -> TextFile:
-    if isinstance(value, TextFile):
-        return value
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("must be the name of a file")
-    return TextFile(value, (info.context or {}).get("folder", Path()).absolute() / value)
 
 
 def _shape(pattern: str, message: str) -> tuple[AfterValidator, WithJsonSchema]:
@@ -115,12 +93,6 @@ class Dataset(_Section):
 TextWord: TypeAlias = Literal["self", "builtin", "builtin:code", "builtin:records", "builtin:mixed"]
 _WORDS: tuple[str, ...] = get_args(TextWord)
 _FILE_SCHEMA = {"type": "string", "minLength": 1}
-_File = Annotated[
-    TextFile,
-    PlainValidator(_text_file),
-    PlainSerializer(lambda file: file.given, return_type=str),
-    WithJsonSchema(_FILE_SCHEMA),
-]
 
 
 def _text_kind(value: Any) -> str | None:
@@ -143,7 +115,7 @@ def _files(value: Any) -> Any:
 
 Text: TypeAlias = Annotated[
     Annotated[TextWord, Tag("(word)")]
-    | Annotated[tuple[_File, ...], Field(min_length=1), BeforeValidator(_files), Tag("(files)")]
+    | Annotated[tuple[GivenFile, ...], Field(min_length=1), BeforeValidator(_files), Tag("(files)")]
     | Annotated[Dataset, Tag("(dataset)")],
     Discriminator(
         _text_kind,

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.architectures import Architecture, Model, find_architecture, find_family
@@ -89,7 +90,8 @@ class Draft:
     `parts` are the runtime files that the result needs; none means that a stock class holds it. `changes` are the
     groups of parameters that operations declared as theirs, `trained` the tensors that training adapts, and
     `scratch_bytes` what it keeps on disk meanwhile. `facts` are what an operation decided, for the lock. Where weights
-    are packed, `unpacked` counts what they stand for.
+    are packed, `unpacked` counts what they stand for. `folder` is that of the base, where the
+    files lie that are neither config nor weights.
     """
 
     architecture: Architecture | None
@@ -104,6 +106,7 @@ class Draft:
     scratch_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     unpacked: Parameters | None = None
+    folder: Path | None = None
 
     def onto(self, checkpoint: Checkpoint) -> Draft:
         """The same draft once its tensors so far were written as `checkpoint`; their order stays the draft's."""
@@ -139,7 +142,7 @@ class Draft:
     def model(self) -> Model:
         """The draft as operations see a model. Raises UnsupportedModel for families without a data file."""
         family = self.architecture or find_architecture(self.config)
-        return Model(family, self.config, _Shapes(self), _Bytes(self))
+        return Model(family, self.config, _Shapes(self), _Bytes(self), self.root)
 
     def spec(self, name: str) -> TensorSpec:
         """Type and shape of a tensor as it is now."""
@@ -154,7 +157,7 @@ class Draft:
         why: str,
         work_bytes: int = 0,
     ) -> None:
-        """Replace the tensors `inputs` by `outputs`, computed by `function` (see `Rewrite`)."""
+        """Replace the tensors `inputs`, of which there may be none, by `outputs` of `function` (see `Rewrite`)."""
         rewrite = Rewrite({name: self.tensors[name] for name in inputs}, dict(outputs), function, why, work_bytes)
         clash = [name for name in outputs if name in self.tensors and name not in inputs]
         if clash:
@@ -176,7 +179,7 @@ class Draft:
             elif made:
                 rebuilt.update(made)
                 made = {}
-        self.tensors = rebuilt
+        self.tensors = rebuilt | made  # what is made of nothing comes last
 
     def drop(self, names: Collection[str], why: str) -> None:
         """Leave tensors out of the result, with the reason for the ledger."""
@@ -240,10 +243,28 @@ def open_draft(checkpoint: Checkpoint) -> Draft:
         architecture: Architecture | None = find_family(root)
     except UnsupportedModel:
         architecture = None
-    config = root
-    if architecture is not None and architecture.text_config is not None:
-        config = root[architecture.text_config]
-    return Draft(architecture, root, config, {name: Stored(info) for name, info in checkpoint.tensors.items()})
+    config = _language_part(architecture, root)
+    tensors: dict[str, Value] = {name: Stored(info) for name, info in checkpoint.tensors.items()}
+    draft = Draft(architecture, root, config, tensors, folder=checkpoint.folder)
+    _spell_tower(draft)
+    return draft
+
+
+def _language_part(architecture: Architecture | None, root: Any) -> Any:
+    """The config of the language model: a part of `root` for multimodal models, unless they keep both in one."""
+    nested = root.get(architecture.text_config) if architecture and architecture.text_config else None
+    return nested if isinstance(nested, dict) else root
+
+
+def _spell_tower(draft: Draft) -> None:
+    """Name the vision tower's tensors as the Hub and transformers 4 do; 5.x saves them without a part of the name."""
+    vision = draft.architecture.vision if draft.architecture else None
+    if vision is None or vision.tower is None:
+        return
+    prefix = vision.tower.rpartition(".")[0] + "."
+    short = [name for name in draft.tensors if name.startswith(prefix) and not name.startswith(vision.tower)]
+    if short:
+        draft.rename({name: f"{vision.tower}.{name.removeprefix(prefix)}" for name in short})
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,8 +434,7 @@ def describe(
     edits, trains = (sum(stage.kind == kind for stage in stages) for kind in ("edit", "train"))
     dtype = storage_dtype(checkpoint)
     cache_dtype = str(draft.config.get("torch_dtype") or dtype).removeprefix("torch.")
-    nested = draft.architecture.text_config if draft.architecture else None
-    original = checkpoint.config[nested] if nested else checkpoint.config
+    original = _language_part(draft.architecture, checkpoint.config)
     return Plan(
         source=checkpoint.source,
         revision=checkpoint.revision,

@@ -10,7 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-_WORDS = {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "none"}
+from surgery.given import TextFile
+
+_WORDS = {
+    int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "none", TextFile: "file",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,36 @@ class Experts(_Data):
     )
 
 
+def _begun(name: str, beginnings: dict[str, str]) -> str:
+    for old, new in beginnings.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return name
+
+
+class Vision(_Data):
+    """Where images enter a model whose language model is a part of it."""
+
+    placeholders: tuple[tuple[str, ...], ...] = Field(
+        description="config keys of the tokens that stand for visual features: one token each, in several spellings"
+    )
+    tower: str | None = Field(
+        default=None,
+        description="prefix of the vision tower's tensors on the Hub, whose last part 5.x leaves out when it saves",
+    )
+    modules: dict[str, str] = Field(
+        default={}, description="what names of modules begin with in transformers, and their tensors on the Hub"
+    )
+
+    def stored(self, module: str) -> str:
+        """The name on the Hub of what transformers calls `module`."""
+        return _begun(module, self.modules)
+
+    def loaded(self, tensor: str) -> str:
+        """The name in transformers of what the Hub calls `tensor`."""
+        return _begun(tensor, {stored: loaded for loaded, stored in self.modules.items()})
+
+
 class Architecture(_Data):
     """One family. Tensor names are those of the Hub's files, config keys those of config.json."""
 
@@ -92,6 +122,26 @@ class Architecture(_Data):
         "linearly. Without it, operations that change the basis of the stream, or the scale of channels, refuse",
     )
     experts: Experts | None = None
+    vision: Vision | None = None
+
+
+class Composite(_Data):
+    """A family whose language model is one of another family, with a vision tower beside it."""
+
+    model_type: str
+    title: str
+    since: str
+    classes: Classes
+    text_config: str = "text_config"
+    text_prefix: str = Field(default="language_model.", description="before the names of the language model's tensors")
+    vision: Vision
+
+    def around(self, text: Architecture) -> Architecture:
+        """The family with `text` as its language model. Operations that need more than attention of it refuse."""
+        attention = text.attention.model_copy(update={"prefix": self.text_prefix + text.attention.prefix})
+        own = {"title": f"{self.title} ({text.title})", "residual": None, "experts": None, "attention": attention}
+        own |= {name: getattr(self, name) for name in ("model_type", "since", "classes", "text_config", "vision")}
+        return text.model_copy(update={**own, "layers": self.text_prefix + text.layers})
 
 
 @lru_cache(maxsize=64)

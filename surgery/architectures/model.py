@@ -36,13 +36,15 @@ class AttentionTensors:
 class Model:
     """Family, language-model config, and shape and bytes of every tensor, for one state of a checkpoint.
 
-    Shapes of weights are [out, in], as stored. `cache` keeps what takes long to find.
+    Shapes of weights are [out, in], as stored. `root` is the whole config, which for multimodal models holds that of
+    the language model. `cache` keeps what takes long to find.
     """
 
     architecture: Architecture
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     nbytes: Mapping[str, int] = field(default_factory=dict)
+    root: Mapping[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self, key: str, default: int | None = None) -> int:
@@ -59,7 +61,7 @@ class Model:
     @property
     def own_code(self) -> bool:
         """Whether this is a finished result of surgery that carries code of its own."""
-        return str(self.config.get("model_type")).startswith("surgery_")
+        return str((self.root or self.config).get("model_type")).startswith("surgery_")
 
     @property
     def num_hidden_layers(self) -> int:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from surgery.architectures import find_family
+from surgery.architectures.family import Vision
 from surgery.checkpoint.reader import Checkpoint
-from surgery.errors import EnvironmentFailure, UsageError
+from surgery.errors import EnvironmentFailure, UnsupportedModel, UsageError
 from surgery.planning import FLOAT32_LIMIT, storage_dtype
 
 
@@ -44,13 +46,28 @@ def measured_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype | str, **settings: Any) -> Any:
-    """The checkpoint as a transformers model; `dtype` "auto" is the stored one."""
-    from transformers import AutoModelForCausalLM, PretrainedConfig
+    """The checkpoint as a transformers model, multimodal ones whole; `dtype` "auto" is the stored one."""
+    from transformers import PretrainedConfig
 
     # The argument was renamed, with a warning, in the release in which configs got the attribute.
     name = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
     settings |= {name: dtype, "trust_remote_code": checkpoint.remote_code}
-    return AutoModelForCausalLM.from_pretrained(str(checkpoint.folder), **settings)
+    return auto_class(checkpoint).from_pretrained(str(checkpoint.folder), **settings)
+
+
+def auto_class(checkpoint: Checkpoint) -> Any:
+    """The Auto class of transformers that loads the checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees(checkpoint) is not None else AutoModelForCausalLM
+
+
+def sees(checkpoint: Checkpoint) -> Vision | None:
+    """Where images enter the model, if it sees any."""
+    try:
+        return find_family(checkpoint.config).vision
+    except UnsupportedModel:  # of no family that is known, or of none any more
+        return None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

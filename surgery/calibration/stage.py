@@ -168,6 +168,6 @@ def _version(package: str) -> str:
 def _windows(checkpoint: Checkpoint, calibration: Calibration, network: Any) -> Windows:
     longest = getattr(network.config, "max_position_embeddings", None)
     if calibration.text == "self":
-        start = network.config.bos_token_id
+        start = network.config.get_text_config().bos_token_id
         return sampled_windows(network, calibration, longest, start if isinstance(start, int) else 0)
     return text_windows(calibration, load_tokenizer(checkpoint), longest)

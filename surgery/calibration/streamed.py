@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.calibration.layers import decoder, decoder_layers, enter
-from surgery.calibration.loading import loaded_model
+from surgery.calibration.loading import auto_class, loaded_model, sees
 from surgery.checkpoint.evaluate import load
 from surgery.checkpoint.reader import Checkpoint
 
@@ -58,7 +58,7 @@ class Layers:
         weight = head.weight
         if not self.resident:
             norm = self._filled(norm, {})
-            tied = f"{_prefix(self.network, head)}weight" not in self.checkpoint.tensors
+            tied = f"{_prefix(self.checkpoint, self.network, head)}weight" not in self.checkpoint.tensors
             weight = self._filled(self.network.get_input_embeddings() if tied else head, {}).weight
         scale = getattr(self.network.config, "logits_scaling", 1.0)
         yield lambda hidden: nn.functional.linear(norm(hidden), weight, head.bias) / scale
@@ -70,10 +70,10 @@ class Layers:
 
     def prefix(self, index: int) -> str:
         """What the tensor names of layer `index` begin with."""
-        return _prefix(self.network, decoder_layers(self.network)[index])
+        return _prefix(self.checkpoint, self.network, decoder_layers(self.network)[index])
 
     def _filled(self, module: nn.Module, changed: Mapping[str, Tensor]) -> nn.Module:
-        prefix, made = _prefix(self.network, module), copy.deepcopy(module)
+        prefix, made = _prefix(self.checkpoint, self.network, module), copy.deepcopy(module)
         names = [name for name, _ in module.named_parameters() if not self.resident or prefix + name in changed]
         values = {name: self._value(prefix + name, changed) for name in names}
         made.load_state_dict(values, strict=False, assign=True)
@@ -101,19 +101,22 @@ def opened_layers(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
 def skeleton(checkpoint: Checkpoint) -> Any:
     """The model with real buffers (rotary tables) and parameters that have only a shape."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trusted = {"trust_remote_code": checkpoint.remote_code}
     config = AutoConfig.from_pretrained(str(checkpoint.folder), **trusted)
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, **trusted)
+        return auto_class(checkpoint).from_config(config, **trusted)
 
 
-def _prefix(network: Any, module: nn.Module) -> str:
-    return next(f"{name}." for name, found in network.named_modules() if found is module)
+def _prefix(checkpoint: Checkpoint, network: Any, module: nn.Module) -> str:
+    name, vision = next(name for name, found in network.named_modules() if found is module), sees(checkpoint)
+    return f"{name if vision is None else vision.stored(name)}."
 
 
 def _streamable(checkpoint: Checkpoint, network: Any) -> bool:
     modules = [network.get_input_embeddings(), *decoder_layers(network)]
-    wanted = ((_prefix(network, m) + name, tuple(p.shape)) for m in modules for name, p in m.named_parameters())
+    prefixes = [_prefix(checkpoint, network, module) for module in modules]
+    pairs = zip(prefixes, modules, strict=True)
+    wanted = ((prefix + name, tuple(p.shape)) for prefix, module in pairs for name, p in module.named_parameters())
     return all(name in checkpoint.tensors and checkpoint.tensors[name].shape == shape for name, shape in wanted)

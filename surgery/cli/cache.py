@@ -67,7 +67,7 @@ def _command(
     CHECKPOINT is a folder that the operation codebook_kv made. Its code runs, if its files are those of its lock.
     """
     from surgery.cache_inspection import cache_report
-    from surgery.cache_picture import check_picture
+    from surgery.finished import check_picture
 
     if picture is not None:
         check_picture(picture)

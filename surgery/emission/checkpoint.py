@@ -26,7 +26,8 @@ def write_small_files(checkpoint: Checkpoint, draft: Draft, folder: Path) -> lis
 def result_config(draft: Draft) -> dict[str, Any]:
     """The config.json of the result, in the spelling that every supported transformers version reads."""
     if draft.parts and draft.architecture is not None:
-        return custom_config(draft.root, Family.of(draft.architecture), draft.config["surgery"])
+        ours = {"version": 1, "base_model_type": draft.architecture.model_type} | draft.root.get("surgery", {})
+        return custom_config(draft.root, Family.of(draft.architecture), ours)
     return down_level(draft.root)
 
 

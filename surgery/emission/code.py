@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from string import Template
@@ -36,12 +36,18 @@ class Family:
     causal_lm_class: str
     auto_class: str = "AutoModelForCausalLM"
     has_experts: bool = False
+    language_model: str = ""  # attribute of the language model, where the model has other parts beside it
 
     @classmethod
     def of(cls, architecture: Architecture) -> Family:
         """The family that an architecture's data file describes."""
         at = architecture.classes
         classes = at.modeling, at.configuration, at.config, at.model, at.causal_lm
+        if architecture.vision is not None:
+            return cls(
+                architecture.model_type, *classes, auto_class="AutoModelForImageTextToText",
+                language_model="language_model",
+            )  # fmt: skip
         return cls(architecture.model_type, *classes, has_experts=architecture.experts is not None)
 
     @classmethod
@@ -82,6 +88,7 @@ class RuntimePart:
     attribute: str
     of: Literal["layer", "model", "base"] = "layer"
     what: str = ""
+    inside: str = ""
 
     @property
     def new(self) -> bool:
@@ -101,6 +108,9 @@ CAPABILITIES = (
     '_can_compile_fullgraph = _supports_static_cache and getattr({model}, "_can_compile_fullgraph", False)',
 )
 
+# Before it, models that see images were built otherwise.
+NEEDED = "    import transformers.masking_utils  # noqa: F401  (first in 4.53)\n"
+
 # transformers 5 looks for a decorator in the file of the class, which is another one here.
 EXPERTS = """
     @classmethod
@@ -112,8 +122,11 @@ EXPERTS = """
 COMPANIONS = {
     "LatentAttention": (RuntimePart("surgery_latent_attention.py", "latent_rotary", "rotary_emb", of="model"),),
     "codebook_attention": (
-        RuntimePart("surgery_codebook_model.py", "CodebookModel", "model", of="base", what="its cache"),
+        RuntimePart("surgery_codebook_model.py", "CodebookModel", "model", "base", "its cache", "codebook_model"),
         RuntimePart("surgery_codebook_model.py", "CodebookGeneration", "lm_head", of="base", what="its cache"),
+    ),
+    "VisualPruning": (
+        RuntimePart("surgery_visual_pruning.py", "VisualPruningGeneration", "lm_head", of="base", what="visual tokens"),
     ),
 }
 
@@ -129,7 +142,7 @@ def auto_map(family: Family) -> dict[str, str]:
 
 def emit_code(family: Family, parts: Sequence[RuntimePart], version: str) -> dict[str, bytes]:
     """Every `.py` file of a checkpoint of `family` with `parts` in it, by file name; `version` is this package's."""
-    parts = _with_companions(parts)
+    parts = _with_companions(family, parts)
     runtime = _closure([COMPATIBILITY, *(part.file for part in parts)])
     names = {
         "version": version,
@@ -137,6 +150,7 @@ def emit_code(family: Family, parts: Sequence[RuntimePart], version: str) -> dic
         "surgery_type": family.surgery_type,
         "modeling_module": family.modeling_module,
         "configuration_module": family.configuration_module,
+        "needed": NEEDED if family.language_model else "",
         "configuration_file": family.configuration_file,
         "native_config": family.config_class,
         "native_model": family.model_class,
@@ -153,7 +167,7 @@ def emit_code(family: Family, parts: Sequence[RuntimePart], version: str) -> dic
         "capabilities": _capabilities(family, parts),
         "experts": EXPERTS.format(model=family.model_class) if family.has_experts else "",
         "recorded": ", ".join([family.model_class, *_recorded(parts)]),
-        "swaps": "\n".join(_swaps(parts)),
+        "swaps": "\n".join(_swaps(family, parts)),
         "model_bases": _bases(parts, "model"),
         "causal_lm_bases": _bases(parts, "lm_head"),
     }
@@ -172,9 +186,12 @@ def _fill(template: str, names: dict[str, str]) -> bytes:
     return Template((EMISSION / template).read_text(encoding="utf-8")).substitute(names).encode()
 
 
-def _with_companions(parts: Sequence[RuntimePart]) -> list[RuntimePart]:
+def _with_companions(family: Family, parts: Sequence[RuntimePart]) -> list[RuntimePart]:
     companions = (companion for part in parts for companion in COMPANIONS.get(part.symbol, ()))
-    return list(dict.fromkeys([*parts, *companions]))
+    wanted = list(dict.fromkeys([*parts, *companions]))
+    if not family.language_model:
+        return wanted
+    return [replace(p, symbol=p.inside, of="model", attribute="") if p.inside else p for p in wanted]
 
 
 def _closure(files: Sequence[str]) -> list[str]:
@@ -201,7 +218,8 @@ def _imports(family: Family, parts: Sequence[RuntimePart], runtime: Sequence[str
     """One import for every runtime file: older releases copy only what the entry file itself imports."""
     keeps = ["keep_weight_conversion"] if _keep_conversion(family, parts) else []
     attends = ["static_cache_holds_any_width"] if _attends(parts) else []
-    used = {COMPATIBILITY: {*keeps, *attends, "recorded_outputs", "tied_weights"}}
+    inside = ["record_inside"] if family.language_model and [*_recorded(parts)] else []
+    used = {COMPATIBILITY: {*keeps, *attends, *inside, "recorded_outputs", "tied_weights"}}
     for part in parts:
         used.setdefault(part.file, set()).add(part.symbol)
     imported = {helper: name for file in runtime for helper, name in neighbours(file).items()}
@@ -218,7 +236,11 @@ def _keep_conversion(family: Family, parts: Sequence[RuntimePart]) -> str:
     """The native loading rules stay unless the module they write into is gone."""
     if any(part.attribute == "mlp" for part in parts):
         return ""
-    return f'\nkeep_weight_conversion("{family.model_type}", "{family.surgery_type}")\n'
+    pairs = [(family.model_type, family.surgery_type)]
+    if family.language_model:  # their rules go by classes too
+        pairs += [(name, _own(name)) for name in (family.model_class, family.causal_lm_class)]
+    calls = "\n".join(f'keep_weight_conversion("{native}", "{own}")' for native, own in pairs)
+    return f"\n{calls}\n"
 
 
 def _attends(parts: Sequence[RuntimePart]) -> bool:
@@ -244,12 +266,18 @@ def _bases(parts: Sequence[RuntimePart], attribute: str) -> str:
     return "".join(f"{part.symbol}, " for part in parts if part.of == "base" and part.attribute == attribute)
 
 
-def _swaps(parts: Sequence[RuntimePart]) -> Iterator[str]:
+def _swaps(family: Family, parts: Sequence[RuntimePart]) -> Iterator[str]:
+    """Statements that put modules in: into the model, or into the language model that is a part of it."""
+    inner = f"self.{family.language_model}" if family.language_model else "self"
+    config = "config.get_text_config()" if family.language_model else "config"
     in_layers = [part for part in parts if part.of == "layer"]
     if in_layers:
-        yield "        for index, layer in enumerate(self.layers):"
+        yield f"        for index, layer in enumerate({inner}.layers):"
     for part in in_layers:
-        yield f"            layer.{part.attribute} = {part.symbol}(config, index, layer.{part.attribute})"
+        yield f"            layer.{part.attribute} = {part.symbol}({config}, index, layer.{part.attribute})"
     for part in parts:
         if part.of == "model":
-            yield f"        self.{part.attribute} = {part.symbol}(config, self.{part.attribute})"
+            target = f"{inner}.{part.attribute}".rstrip(".")
+            yield f"        {target} = {part.symbol}({config}, {target})"
+    if family.language_model and (recorded := ", ".join(_recorded(parts))):
+        yield f"        record_inside({inner}, {recorded})"

@@ -30,6 +30,9 @@ def down_level(config: Json) -> Json:
     _rope(config)
     _dtype(config)
     _expert_counts(config)
+    _placeholders(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = down_level(config["text_config"])
     return config
 
 
@@ -116,6 +119,15 @@ def _dtype(config: Json) -> None:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         config["torch_dtype"] = config["dtype"] = dtype
+
+
+def _placeholders(config: Json) -> None:
+    """Tokens that stand for images and frames, under both names that releases have read."""
+    for kind in ("image", "video"):
+        names = f"{kind}_token_id", f"{kind}_token_index"
+        known = [config[name] for name in names if config.get(name) is not None]
+        if known and str(config.get("model_type")).startswith(("llava", "surgery_llava")):
+            config |= dict.fromkeys(names, known[0])
 
 
 def _expert_counts(config: Json) -> None:

@@ -15,7 +15,9 @@ from surgery.suggestions import did_you_mean
 ENTRY_POINTS = "surgery.operations"
 # An explicit table instead of a walk over the package: a walk hides import errors.
 _NAMES = (
-    "kv_latent", "expert_prune", "expert_top_k", "heal", "rotate", "smooth", "codebook_kv", "quantize",
+    "kv_latent", "expert_prune", "expert_top_k", "heal", "rotate", "smooth", "codebook_kv", "visual_pruning",
+    "visual_defense",
+    "quantize",
 )  # fmt: skip
 _SHIPPED = tuple(f"surgery.operations.{name}" for name in _NAMES)
 

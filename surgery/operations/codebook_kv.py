@@ -174,7 +174,7 @@ OPERATION = Operation(
     usage=USAGE,
     limits=(
         ENGINES,
-        "It saves memory, not time: decoding is slower than with the stock cache at the lengths that were measured.",
+        "It saves memory, not time: at 16k tokens on a CPU a step took 1.2 to 2.7 times as long as a stock one.",
         "What is evicted is chosen by the end of the prompt: a later question may ask for what is gone.",
         "Static caches, torch.compile and masks that are not [batch, tokens] want surgery_cache=None, the stock model.",
     ),

@@ -213,6 +213,8 @@ def selection(model: Model, settings: HealSettings, changes: frozenset[str]) -> 
 
 def refuses(model: Model, settings: HealSettings) -> str | None:
     """Why the operation does not fit, or None."""
+    if model.architecture.vision is not None:
+        return "it sees images, and healing compares language models on text alone"
     if model.config.get("quantization_config"):
         return "the base is quantized, and packed weights cannot be trained; heal first, quantize afterwards"
     if settings.train is not None and not selection(model, settings, frozenset()).names:

@@ -124,6 +124,8 @@ def padded(subject: Subject) -> tuple[Tensor, Tensor]:
 
 def _generate(subject: Subject, tokens: Tensor, **options: Any) -> Any:
     options = {"attention_mask": torch.ones_like(tokens), "do_sample": False} | options
+    if "visual_defense" in (getattr(subject.model.config, "surgery", None) or {}):
+        options["defense"] = False  # these prompts follow no chat template
     with _plain_generation(subject):
         return subject.model.generate(
             input_ids=tokens, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, **options

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import attention, cached, coded, decoding, dequantized, loading, quality
+from . import attention, cached, coded, decoding, dequantized, loading, pictured, quality
 from .noise import Noise
 from .outcome import Outcome, failed, skipped, verdict
 from .subject import Subject
@@ -38,6 +38,7 @@ CHECKS: dict[str, Check] = {
         decoding.left_padded_batch,
         attention.cache_bytes,
         coded.codebook_cache,
+        pictured.visual_pruning,
         attention.eager_equals_sdpa,
         attention.output_attentions,
         loading.save_reload,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model and its `generate` with a `CodebookCache` where no cache is given."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,29 @@ class CodebookModel:
         return output
 
 
+def codebook_model(_config: Any, replaced: Any) -> Any:
+    """A language model that is a part of another model, with what `CodebookModel` adds."""
+    native: Any = type(replaced)
+    replaced.__class__ = _with_codebook(native)
+    return replaced
+
+
+@functools.cache
+def _with_codebook(native: Any) -> type:
+    def reduced(model: Any) -> tuple[Any, ...]:  # pickles look classes up by name
+        return _revived, (native,), model.__dict__
+
+    names = {"__module__": native.__module__, "__qualname__": native.__qualname__}  # outputs are recorded by name
+    made = type(native.__name__, (CodebookModel, native), {**names, "__doc__": CodebookModel.__doc__})
+    made.__reduce__ = reduced  # type: ignore[method-assign, assignment]
+    return made
+
+
+def _revived(native: Any) -> Any:
+    made: Any = _with_codebook(native)
+    return made.__new__(made)
+
+
 def new_cache(model: Any, settings: CacheSettings, prompt_length: int | None = None) -> DynamicCache:
     """An empty cache for the base model `model`; a stock one where every layer has a sliding window."""
     coded = [index for index, layer in enumerate(model.layers) if isinstance(layer.self_attn, CodebookAttention)]
@@ -92,10 +116,12 @@ class CodebookGeneration:
             else:
                 prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
                 length = next((prompt.shape[1] for prompt in prompts if prompt is not None), None)
-                settings = CacheSettings.of(self.config.surgery["codebook_cache"], surgery_cache)
+                if hasattr(self.model, "visual_tokens"):  # some of which leave the prompt on the way
+                    length = None
+                settings = CacheSettings.of(_configured(self), surgery_cache)
                 if any(kwargs.get(name, getattr(configured, name, None)) for name in DRAFTING):
                     settings = replace(settings, residual=max(settings.residual, TAKEN_BACK))
-                kwargs["past_key_values"] = new_cache(self.model, settings, length)
+                kwargs["past_key_values"] = new_cache(_language_model(self), settings, length)
         output = super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
         used = kwargs.get("past_key_values")
         if isinstance(used, CodebookCache):
@@ -107,8 +133,7 @@ class CodebookGeneration:
 
         `prompt_length`, in tokens with padding, is needed where a prompt comes in several calls.
         """
-        base = self.config.surgery["codebook_cache"]
-        return new_cache(self.model, CacheSettings.of(base, settings), prompt_length)
+        return new_cache(_language_model(self), CacheSettings.of(_configured(self), settings), prompt_length)
 
     def surgery_cache_report(self: Any, cache: CodebookCache | None = None) -> dict[str, Any]:
         """Bytes of `cache`, or of the last that `generate` coded, by layer and kind, beside the stock cache's."""
@@ -120,6 +145,15 @@ class CodebookGeneration:
         if report is None:
             raise ValueError("nothing was generated with a codebook cache yet: pass one, as output.past_key_values")
         return report
+
+
+def _configured(model: Any) -> Any:
+    return model.config.get_text_config().surgery["codebook_cache"]
+
+
+def _language_model(model: Any) -> Any:
+    """The part with the layers: all below the head, or a part of that where the model sees images."""
+    return getattr(model.model, "language_model", model.model)
 
 
 def stock_cache(config: Any) -> DynamicCache:

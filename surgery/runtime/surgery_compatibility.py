@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import cache_utils
+from transformers import cache_utils, modeling_utils
 
 try:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: F401  (first in 4.48)
@@ -24,10 +24,10 @@ CACHE_IS_TOLD_WHERE = "cache_kwargs" in inspect.signature(cache_utils.Cache.upda
 
 
 def keep_weight_conversion(native_type: str, own_type: str) -> None:
-    """Let `own_type` load its weights by the rules of `native_type`; both are `model_type` strings.
+    """Let `own_type` load its weights by the rules of `native_type`; both are `model_type` strings, or class names.
 
-    transformers 5 renames and fuses tensors (experts, above all) by model_type, and initializes at random what it
-    finds no rule for. Releases without such rules need nothing.
+    transformers 5 renames and fuses tensors (experts, above all) by model_type or class, and initializes at random what
+    it finds no rule for. Releases without such rules need nothing.
     """
     try:
         from transformers.conversion_mapping import (
@@ -53,6 +53,16 @@ def recorded_outputs(native_class: type, **replacements: type) -> dict[str, Any]
     if not recorded:
         return None
     return {**recorded, **{name: module for name, module in replacements.items() if name in recorded}}
+
+
+def record_inside(model: Any, **replacements: type) -> None:
+    """Let a model that is a part of another one record the outputs of modules that were put into it."""
+    native: Any = type(model)
+    recorded = recorded_outputs(native, **replacements)
+    if recorded is not None:
+        model.__class__ = type(f"Surgery{native.__name__}", (native,), {"_can_record_outputs": recorded})
+        # Taken note of when a model is made, by the name of its class; some releases let only models be keys.
+        dict.__setitem__(getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}), str(type(model)), recorded)
 
 
 def static_cache_holds_any_width() -> bool:

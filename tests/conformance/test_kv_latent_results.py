@@ -35,6 +35,19 @@ CASES = [
     for rope in (("default", "longrope") if family == "phi3" else ("default", *SCALED))
 ]
 every_case = pytest.mark.parametrize(("family", "rope"), CASES)
+
+
+def with_each(name, values, *, ids=None):
+    """Every family with the plain rope and each value; with a scaled rope one value, in turn, which is enough there."""
+    names = ids or [str(value) for value in values]
+    chosen = [
+        pytest.param(*case.values, values[at], id=f"{case.id}-{names[at]}", marks=case.marks)
+        for turn, case in enumerate(CASES)
+        for at in (range(len(values)) if "default" in case.values else [turn % len(values)])
+    ]
+    return pytest.mark.parametrize(("family", "rope", name), chosen)
+
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 EVERYTHING = {"qk_dim": [6, 10], "vo_dim": [12, 6], "refit_q": True}
 STRIDE = {"method": "stride"}
@@ -187,8 +200,7 @@ def test_full_width_changes_no_bit(family, tmp_path):
         torch.testing.assert_close(run(load(out)), run(load(base)), atol=0, rtol=0)
 
 
-@every_case
-@pytest.mark.parametrize("stride", [2, 4, 8])
+@with_each("stride", [2, 4, 8])
 def test_stride_is_the_masked_base(family, rope, stride, tmp_path):
     needs(family)
     base = write_tiny(tmp_path / f"base_{family}_{rope}", family, rope, seed=3, dtype=torch.float64)
@@ -447,10 +459,7 @@ def some_text(folder):
 # Calibrated results
 
 
-@every_case
-@pytest.mark.parametrize(
-    "chosen", [EVERYTHING, {**EVERYTHING, **NO_FIT}, {"kv_ratio": 0.6}], ids=["everything", "no fit", "budget"]
-)
+@with_each("chosen", [EVERYTHING, {**EVERYTHING, **NO_FIT}, {"kv_ratio": 0.6}], ids=["everything", "no fit", "budget"])
 def test_calibrated_is_its_own_weights_in_the_base(family, rope, chosen, tmp_path):
     needs(family)
     base = write_tiny(tmp_path / f"base_{family}_{rope}", family, rope, seed=3)

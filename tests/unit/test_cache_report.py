@@ -13,7 +13,6 @@ import pytest
 import surgery
 from surgery import cli
 from surgery.cache_inspection import FIGURES, CacheReport
-from surgery.cache_picture import check_picture
 from surgery.errors import (
     CorruptCheckpoint,
     EnvironmentFailure,
@@ -23,6 +22,7 @@ from surgery.errors import (
     UnsafeCheckpoint,
     UsageError,
 )
+from surgery.finished import check_picture
 from tests.tiny import write_tiny
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -264,6 +264,6 @@ def test_a_place_that_nothing_is_written_to(tmp_path: Path, monkeypatch: pytest.
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("surgery.cache_picture.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("surgery.finished.tempfile.TemporaryFile", refuse)
     with pytest.raises(EnvironmentFailure, match=r"p\.png cannot be written"):
         check_picture(tmp_path / "p.png")

@@ -227,6 +227,9 @@ OPERATION = Operation(
     limits=(LIMIT, RELEASES, OUTER),
     quantizes=True,
     packages=lambda settings: FORMATS[settings.format].packages,
-    after=frozenset({"kv_latent", "expert_prune", "expert_top_k", "heal", "smooth", "rotate", "codebook_kv"}),
+    after=frozenset(
+        {"kv_latent", "expert_prune", "expert_top_k", "heal", "smooth", "rotate", "codebook_kv"}
+        | {"visual_pruning", "visual_defense"}
+    ),
     never_with=frozenset({"quantize"}),
 )

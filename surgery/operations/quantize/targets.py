@@ -147,7 +147,14 @@ def layout(model: Model, targets: Targets, grids: Mapping[str, Grid | None], set
     """What config.json says of the modules; the head and what stands in other tensors than a layer's count as dense."""
     rounded = {module: grid for module, grid in grids.items() if grid is not None}
     left = [linear.module for linear in targets.linears if linear.module not in rounded]
-    return Layout(rounded, (*_heads(model), *targets.dense, *left), settings.activations == "dynamic")
+    dense = (*_heads(model), *targets.dense, *left)
+    vision = model.architecture.vision
+    if vision is not None:  # config.json speaks of modules, and releases differ in the tower's
+        tower = f"{vision.tower}." if vision.tower else ""
+        short = [module.replace(tower, tower.rpartition(".vision")[0] + ".") for module in dense if tower]
+        dense = tuple(dict.fromkeys(vision.loaded(module) for module in (*dense, *short)))
+        rounded = {vision.loaded(module): grid for module, grid in rounded.items()}
+    return Layout(rounded, dense, settings.activations == "dynamic")
 
 
 def _heads(model: Model) -> Iterator[str]:
