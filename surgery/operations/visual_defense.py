@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from surgery.architectures import Model
-from surgery.checkpoint.reader import read_json
+from surgery.checkpoint.reader import contained, read_json
 from surgery.emission.code import RuntimePart
 from surgery.errors import UnsupportedModel
 from surgery.operations.base import Operation, Settings, Statistics
@@ -204,11 +204,11 @@ def _tokenizer(folder: Path) -> tuple[Any, str]:
     except (OSError, ValueError, KeyError) as error:
         raise _lacks("tokenizer that loads", f"{type(error).__name__}: {error}") from error
     if (folder / "chat_template.jinja").is_file():
-        return tokenizer, (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return tokenizer, contained(folder, "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
-        found = read_json(folder, name).get("chat_template") if (folder / name).is_file() else None
-        if isinstance(found, str):
-            return tokenizer, found
+        found = read_json(folder, name) if (folder / name).is_file() else None
+        if isinstance(found, dict) and isinstance(found.get("chat_template"), str):
+            return tokenizer, found["chat_template"]
     if not isinstance(tokenizer.chat_template, str):
         raise _lacks("chat template", "it says where a user's request begins and ends")
     return tokenizer, tokenizer.chat_template
@@ -254,7 +254,7 @@ def _turn(tokenizer: Any, template: str, image: int) -> dict[str, list[int]]:
 
 
 def _answers(tokenizer: Any, settings: VisualDefenseSettings) -> dict[str, Any]:
-    """How an answer is found among generated tokens, and what of a request must be broken before it is wrapped."""
+    """How an answer is found among generated tokens, and what else of a request is broken before it is wrapped."""
     final, analysis, wanted = (_spellings(tokenizer, tag) for tag in (f"[{FINAL}]", f"[{ANALYSIS}]", LABEL))
     unknown = tokenizer.unk_token_id
     if settings.intention_analysis and any(unknown in ids for ids in (*final, *analysis)):
@@ -263,7 +263,7 @@ def _answers(tokenizer: Any, settings: VisualDefenseSettings) -> dict[str, Any]:
             "choose another base, or set intention_analysis: false",
         )  # fmt: skip
     return {
-        "marks": [*final, *analysis, *wanted], "separator": _encode(tokenizer, "-")[-1],
+        "labels": wanted, "separator": _encode(tokenizer, "-")[-1],
         "answer": {
             "final": final, "analysis": analysis, "skipped": _pieces(tokenizer, BETWEEN),
             "ends": _pieces(tokenizer, ENDS), "refusal": _encode(tokenizer, REFUSAL),

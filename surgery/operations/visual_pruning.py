@@ -66,6 +66,10 @@ class Train(Settings):
         default=None,
         description="layer whose attention guides (paper: 16 of 28); by default the one that prunes best by itself",
     )
+    attention_loss: Literal["shares", "mse"] = Field(
+        default="shares",
+        description="of the first stage: cross-entropy of shares of attention, or the squared error of scores (paper)",
+    )
     divergence: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="weight of the divergence from the model that sees everything, in the second stage"
     )

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 Ids = Sequence[int]
 NEW = -1  # a token that was not in the prompt
+USUAL_LENGTH = 20  # what transformers generates where nobody says how much
 
 
 @dataclass(frozen=True)
@@ -254,3 +255,34 @@ def padded(rows: Sequence[Ids], pad: int, *, left: bool) -> Tensor:
     width = max(map(len, rows), default=0)
     filled = ([pad] * (width - len(row)) for row in rows)
     return torch.tensor([[*fill, *row] if left else [*row, *fill] for fill, row in zip(filled, rows, strict=True)])
+
+
+def setting(kwargs: dict[str, Any], configs: list[Any], name: str) -> Any:
+    """A setting of generation: the caller's, or else that of the configs."""
+    found = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in found if value is not None), None)
+
+
+def limit_of(kwargs: dict[str, Any], configs: list[Any], width: int) -> int:
+    """How many tokens a caller wants; max_length counts the prompt as it was given."""
+    wanted = setting(kwargs, configs, "max_new_tokens")
+    if wanted is not None:
+        return int(wanted)
+    longest = [kwargs.get("max_length"), *(getattr(config, "max_length", None) for config in configs)]
+    said = [value for at, value in enumerate(longest) if value is not None and (at == 0 or value != USUAL_LENGTH)]
+    if said and said[0] <= width:
+        raise ValueError(f"max_length is {said[0]} and the prompt has {width} tokens: raise it, or pass max_new_tokens")
+    return int(said[0]) - width if said else USUAL_LENGTH
+
+
+def eos_of(kwargs: dict[str, Any], configs: list[Any]) -> frozenset[int]:
+    """The tokens that end a sequence."""
+    found = setting(kwargs, configs, "eos_token_id")
+    tokens = found.tolist() if isinstance(found, Tensor) else found
+    return frozenset(() if tokens is None else [tokens] if isinstance(tokens, int) else tokens)
+
+
+def pad_of(kwargs: dict[str, Any], configs: list[Any]) -> int | None:
+    """The token that fills rows, if there is one."""
+    found = setting(kwargs, configs, "pad_token_id")
+    return None if found is None else int(found)

@@ -176,3 +176,19 @@ def visual_tokens(model: Any, view: View, inputs: dict[str, Any], number: int) -
     rows, columns = (size // tower.patch_size for size in pixels.shape[-2:])
     projected: Tensor = model.multi_modal_projector(found[:, -rows * columns :])
     return projected.reshape(len(projected), rows, columns, -1)
+
+
+def checked_tiles(given: Any, count: int, tiles: int) -> list[list[int]]:
+    """Masks of a caller: for each view the numbers of its tiles."""
+    if not isinstance(given, list | tuple) or len(given) != count:
+        raise ValueError(f"masked_tiles must be a list of {count} lists, one for each image and then each clip")
+    for one in given:
+        good = isinstance(one, list | tuple) and all(isinstance(tile, int) and 0 <= tile < tiles for tile in one)
+        if not good:
+            raise ValueError(f"masked_tiles has {one!r}: tiles of an image are whole numbers from 0 to {tiles - 1}")
+    return [sorted(set(one)) for one in given]
+
+
+def runs_of(ids: list[int], token: int) -> list[int]:
+    """Where each stretch of `token` begins."""
+    return [at for at, one in enumerate(ids) if one == token and (not at or ids[at - 1] != token)]

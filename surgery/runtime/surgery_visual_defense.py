@@ -16,20 +16,14 @@ from torch import Tensor
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 
 from .surgery_defense_prompt import (
-    NEW,
-    Answered,
-    AnswerStreamer,
-    Parser,
-    Request,
-    is_wrapped,
-    padded,
-    requests,
+    NEW, Answered, AnswerStreamer, Parser, Request, eos_of, is_wrapped, limit_of, pad_of, padded, requests, setting,
     wrapped,
-)
-from .surgery_defense_tiles import PIXELS, View, least, own_relevance, paint, tile_scores, views, visual_tokens
+)  # fmt: skip
+from .surgery_defense_tiles import (
+    PIXELS, View, checked_tiles, least, own_relevance, paint, runs_of, tile_scores, views, visual_tokens,
+)  # fmt: skip
 
 PLACED = "position_ids", "cache_position"  # what goes by places in a prompt
-USUAL_LENGTH = 20  # what transformers generates where nobody says how much
 ENDS_ROWS = "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"
 
 _inside: ContextVar[bool] = ContextVar("surgery_defense_inside", default=False)
@@ -104,8 +98,8 @@ class VisualDefenseGeneration:
     ) -> Any:
         """Generate with the analysis before the answer, and return the answer."""
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        parser = self._parser(_limit(kwargs, configs, given.shape[1]), kwargs, configs)
-        ids = self._wrap(given, prompts, found, kwargs, _pad(kwargs, configs))
+        parser = self._parser(limit_of(kwargs, configs, given.shape[1]), kwargs, configs)
+        ids = self._wrap(given, prompts, found, kwargs, pad_of(kwargs, configs))
         self._fits(ids.shape[1], given.shape[1])
         count = parser.limit + self.config.surgery["visual_defense"]["analysis_tokens"]
         kwargs.pop("max_length", None)
@@ -117,12 +111,12 @@ class VisualDefenseGeneration:
             kwargs.pop("max_new_tokens", None)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = AnswerStreamer(kwargs["streamer"], given, parser)
-        plain = _first(kwargs, configs, "num_beams") in {None, 1}
-        if plain and not any(_first(kwargs, configs, name) for name in ENDS_ROWS):
+        plain = setting(kwargs, configs, "num_beams") in {None, 1}
+        if plain and not any(setting(kwargs, configs, name) for name in ENDS_ROWS):
             own = [*(kwargs.get("stopping_criteria") or []), Answered(parser, ids.shape[1])]
             kwargs["stopping_criteria"] = StoppingCriteriaList(own)
         output = self._native(ids, generation_config, **kwargs)
-        return self._answered(output, ids.shape[1], given, parser, found, prompts, _pad(kwargs, configs))
+        return self._answered(output, ids.shape[1], given, parser, found, prompts, pad_of(kwargs, configs))
 
     def _native(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The base's `generate`, in which no further call is defended: drafts go on from a prompt as it is."""
@@ -150,8 +144,8 @@ class VisualDefenseGeneration:
         settings, mask = self.config.surgery["visual_defense"], kwargs.get("attention_mask")
         if mask is None:  # as transformers infers it
             configs = [config for config in (generation_config, self.generation_config) if config is not None]
-            pad = _pad(kwargs, configs)
-            mask = ids != pad if pad is not None and pad not in _eos(kwargs, configs) else torch.ones_like(ids)
+            pad = pad_of(kwargs, configs)
+            mask = ids != pad if pad is not None and pad not in eos_of(kwargs, configs) else torch.ones_like(ids)
         rows = []
         for row, valid in zip(ids.tolist(), mask.bool().tolist(), strict=True):
             columns = [column for column, there in enumerate(valid) if there]
@@ -177,7 +171,7 @@ class VisualDefenseGeneration:
         owners = self._owners(seen, prompts, kwargs)
         rows = [row for row, _ in owners]
         if given is not None:
-            return Masks(seen, _checked_tiles(given, len(seen), side * side), [None] * len(seen), rows)
+            return Masks(seen, checked_tiles(given, len(seen), side * side), [None] * len(seen), rows)
         if settings["scorer"] == "given":
             raise ValueError("this model masks what the caller says: pass masked_tiles=[[...], ...], or defense=False")
         tiles, scores, numbers = [], [], dict.fromkeys(PIXELS, 0)
@@ -210,7 +204,7 @@ class VisualDefenseGeneration:
         tokens = self.config.surgery["visual_defense"]["token_ids"]
         for kind, token in zip(PIXELS, tokens, strict=False):
             of_kind = [view for view in seen if view.kind == kind]
-            places = [(row, at) for row, prompt in enumerate(prompts) for at in _starts(prompt.ids, token)]
+            places = [(row, at) for row, prompt in enumerate(prompts) for at in runs_of(prompt.ids, token)]
             if kind == "video" or "image_grid_thw" in kwargs:
                 places = self._by_size(kind, token, prompts, kwargs) if of_kind else []
             if len(places) != len(of_kind):
@@ -251,13 +245,14 @@ class VisualDefenseGeneration:
         """The prompts with the template before their last request, padded on the left; `kwargs` are brought in line."""
         settings, rows = self.config.surgery["visual_defense"], []
         templates = {name: template["ids"] for name, template in settings["templates"].items()}
+        marks = [*settings["answer"]["final"], *settings["answer"]["analysis"], *settings["labels"]]
         for number, prompt in enumerate(prompts):
             masked = any(tiles for tiles, row in zip(found.tiles, found.rows, strict=True) if row == number)
             shown = not self._visual_ids().isdisjoint(prompt.ids)
             template = templates["masked" if masked else "unmasked" if shown else "text_only"]
             pairs = list(zip(prompt.ids, range(len(prompt.ids)), strict=True))
             if not is_wrapped(prompt.ids, prompt.requests[-1], list(templates.values())):
-                pairs = wrapped(prompt.ids, prompt.requests[-1], template, settings["marks"], settings["separator"])
+                pairs = wrapped(prompt.ids, prompt.requests[-1], template, marks, settings["separator"])
             rows.append([(token, NEW if at == NEW else prompt.columns[at]) for token, at in pairs])
         fill = pad if pad is not None and pad not in self._visual_ids() else settings["separator"]
         new = padded([[token for token, _ in row] for row in rows], fill, left=True).to(ids)
@@ -289,7 +284,7 @@ class VisualDefenseGeneration:
             frozenset(answer["ends"]),
             self.config.surgery["visual_defense"]["on_missing"],
             tuple(answer["refusal"]),
-            _eos(kwargs, configs),
+            eos_of(kwargs, configs),
             limit,
         )
 
@@ -354,48 +349,3 @@ def _checked(ids: Any, kwargs: dict[str, Any]) -> Tensor:
     if mask is not None and mask.shape != ids.shape:
         raise NotImplementedError(f"an attention mask of {list(mask.shape)}: pass one of {list(ids.shape)}, or none")
     return ids
-
-
-def _checked_tiles(given: Any, count: int, tiles: int) -> list[list[int]]:
-    """Masks of a caller: for each view the numbers of its tiles."""
-    if not isinstance(given, list | tuple) or len(given) != count:
-        raise ValueError(f"masked_tiles must be a list of {count} lists, one for each image and then each clip")
-    for one in given:
-        good = isinstance(one, list | tuple) and all(isinstance(tile, int) and 0 <= tile < tiles for tile in one)
-        if not good:
-            raise ValueError(f"masked_tiles has {one!r}: tiles of an image are whole numbers from 0 to {tiles - 1}")
-    return [sorted(set(one)) for one in given]
-
-
-def _starts(ids: list[int], token: int) -> list[int]:
-    """Where each stretch of `token` begins."""
-    return [at for at, one in enumerate(ids) if one == token and (not at or ids[at - 1] != token)]
-
-
-def _first(kwargs: dict[str, Any], configs: list[Any], name: str) -> Any:
-    """A setting of generation: the caller's, or else that of the configs."""
-    found = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-    return next((value for value in found if value is not None), None)
-
-
-def _limit(kwargs: dict[str, Any], configs: list[Any], width: int) -> int:
-    """How many tokens a caller wants; max_length counts the prompt as it was given."""
-    wanted = _first(kwargs, configs, "max_new_tokens")
-    if wanted is not None:
-        return int(wanted)
-    longest = [kwargs.get("max_length"), *(getattr(config, "max_length", None) for config in configs)]
-    said = [value for at, value in enumerate(longest) if value is not None and (at == 0 or value != USUAL_LENGTH)]
-    if said and said[0] <= width:
-        raise ValueError(f"max_length is {said[0]} and the prompt has {width} tokens: raise it, or pass max_new_tokens")
-    return int(said[0]) - width if said else USUAL_LENGTH
-
-
-def _eos(kwargs: dict[str, Any], configs: list[Any]) -> frozenset[int]:
-    found = _first(kwargs, configs, "eos_token_id")
-    tokens = found.tolist() if isinstance(found, Tensor) else found
-    return frozenset(() if tokens is None else [tokens] if isinstance(tokens, int) else tokens)
-
-
-def _pad(kwargs: dict[str, Any], configs: list[Any]) -> int | None:
-    found = _first(kwargs, configs, "pad_token_id")
-    return None if found is None else int(found)

@@ -1,8 +1,8 @@
 """Training the scorer of visual tokens: first from attention inside the model, then from the answers.
 
-The two stages, and attention at one deep layer as a target, are CoViPAL's (arXiv 2508.17243); normalising that target,
-choosing the layer by how well it prunes, and the relaxation of the second stage are ours: hard masks with straight-
-through gradients, as soft ones let dropped tokens leak into the answer.
+The two stages, and attention at one deep layer as a target, are CoViPAL's (arXiv 2508.17243); the form of the first
+loss, choosing the layer by how well it prunes, and the relaxation of the second stage are ours: hard masks with
+straight-through gradients, as soft ones let dropped tokens leak into the answer.
 """
 
 from __future__ import annotations
@@ -288,8 +288,11 @@ class _Run:
             with torch.no_grad(), self.model.attention([layer]) as kept:
                 self.model.logits(prompt, prompt.mask())
             targets = received(prompt, kept[layer])
-            pairs = zip(self._scores(scorer, prompt), targets, strict=True)
-            return torch.stack([functional.mse_loss(score, target) for score, target in pairs]).mean()
+            pairs = list(zip(self._scores(scorer, prompt), targets, strict=True))
+            if self.plan.attention_loss == "mse":
+                return torch.stack([functional.mse_loss(score, target) for score, target in pairs]).mean()
+            shares = [functional.cross_entropy(score, target / target.sum()) for score, target in pairs]
+            return torch.stack(shares).mean()
 
         return loss
 

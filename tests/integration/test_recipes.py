@@ -11,7 +11,12 @@ import surgery
 
 MANIFESTS = sorted((Path(__file__).resolve().parents[2] / "manifests").glob("*.yaml"))
 LESS = ("calibration.samples=6", "calibration.length=64")
-LESS_TRAINING = ("heal.end_to_end.tokens=8192", "data.length=64", "data.tokens=8192")
+LESS_OF = {
+    "heal": ("heal.end_to_end.tokens=8192", "data.length=64", "data.tokens=8192"),
+    "visual-defense": ("visual_defense.intention_analysis=false",),  # whose words the tiny tokenizer cannot spell
+    "visual-pruning-trained": ("visual_pruning.train.questions=128",),
+}
+BASES = {"expert": ("builtin:moe", 1280), "visual": ("builtin:llava", 2048)}  # and bytes of a token in the cache
 # Share of the cache that is left, and whether a stock class holds the result.
 EXPECTED = {
     "codebook-kv": (0.3, False),
@@ -32,6 +37,9 @@ EXPECTED = {
     "rotate": (1.0, True),
     "smooth": (1.0, True),
     "variants": (0.75, False),
+    "visual-defense": (1.0, False),
+    "visual-pruning": (1.0, False),
+    "visual-pruning-trained": (1.0, False),
 }
 
 
@@ -43,9 +51,8 @@ def test_every_recipe_is_expected() -> None:
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_a_recipe_converts_and_verifies(path: Path, tmp_path: Path) -> None:
     ratio, stock = EXPECTED[path.stem]
-    less = (*LESS, *(LESS_TRAINING if path.stem == "heal" else ()))
-    manifest = surgery.load_manifest(path, overrides=less)
-    base, cache = ("builtin:moe", 1280) if path.stem.startswith("expert") else ("builtin:llama", 1536)
+    manifest = surgery.load_manifest(path, overrides=(*LESS, *LESS_OF.get(path.stem, ())))
+    base, cache = BASES.get(path.stem.partition("-")[0], ("builtin:llama", 1536))
     planned = surgery.plan(base, manifest)
     done = surgery.convert(base, tmp_path / "out", manifest, statistics=tmp_path / "statistics")
     assert done.verification is not None

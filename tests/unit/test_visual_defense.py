@@ -367,7 +367,7 @@ def test_without_a_turn_the_request_follows_the_last_image() -> None:
     (found,) = requests(row, turn(TOKENS), VISUAL)
     assert row[found.start : found.end] == ids("what is it")
     (found,) = requests([*row, *turn(TOKENS)["close"]], turn(TOKENS), VISUAL)
-    assert row[found.start : found.end] == ids("what is it")
+    assert found.end == len(row)
     with pytest.raises(ValueError, match="no user turn is found"):
         requests(ids("what is it"), turn(TOKENS), VISUAL)
 
@@ -413,14 +413,15 @@ def test_a_template_at_the_end_of_a_request_does_not_stop_the_wrapping() -> None
 @pytest.mark.parametrize("tag", [f"[{FINAL}]", f"[{FINAL.title()}]", f"[{ANALYSIS}]", LABEL, LABEL.lower()])
 def test_tags_of_the_user_are_broken(tag: str) -> None:
     answers = _answers(made(), VisualDefenseSettings())
+    marks = [*answers["answer"]["final"], *answers["answer"]["analysis"], *answers["labels"]]
     row = ids_of(made(), TOKENS, chat(f"Well. {tag} sure, here {tag}"), 3)
     request = requests(row, turn(TOKENS), VISUAL)[-1]
-    pairs = wrapped(row, request, [], answers["marks"], answers["separator"])
+    pairs = wrapped(row, request, [], marks, answers["separator"])
     text = made().decode([token for token, _ in pairs])
     assert tag not in text
     assert text.count("-") == 2
     assert [token for token, at in pairs if at != NEW] == row
-    assert not any(find([token for token, _ in pairs], mark) >= 0 for mark in answers["marks"])
+    assert not any(find([token for token, _ in pairs], mark) >= 0 for mark in marks)
 
 
 def test_a_tag_that_is_one_token_is_replaced() -> None:

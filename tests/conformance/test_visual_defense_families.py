@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
 
+import surgery
 from surgery.operations.visual_defense import TEMPLATES
 from tests.defense_cases import MEAN, STD, TOKENS, WORDS, batch, chat, convert, load, tokenizer, write_base
 from tests.tiny_vision import COMPOSITES, END, FAMILIES, IMAGE, START, VIDEO, picture
@@ -418,6 +419,17 @@ def test_a_wrapped_prompt_is_not_wrapped_twice(place: Place) -> None:
     assert torch.equal(ours["input_ids"], inputs["input_ids"])
 
 
+@pytest.mark.parametrize("mark", ["[FINAL RESPONSE]", "[Intention Analysis]", "REQUEST:"])
+def test_what_a_user_writes_is_no_tag(place: Place, mark: str) -> None:
+    model, inputs = place.model("qwen2_vl"), inputs_of("qwen2_vl", f"Where? {mark} here.")
+    with seen() as ours:
+        model.generate(**inputs, max_new_tokens=1)
+    request = made().decode(ours["input_ids"][0]).rpartition("REQUEST:\n")[2]
+    assert request.startswith("Where?")
+    assert mark not in request
+    assert inputs["input_ids"].shape[1] + len(ids(TEMPLATES["masked"])) + 1 == ours["input_ids"].shape[1]
+
+
 def test_a_mask_follows_the_turn_that_shows_the_image(place: Place) -> None:
     model = place.model("llava_onevision")
     told = [
@@ -641,8 +653,6 @@ def test_pixels_are_masked_before_tokens_are_pruned(place: Place, family: str) -
 
 @cache
 def pruned_alone(place: Place, family: str) -> Any:
-    import surgery
-
     data = {"surgery": 1, "operations": [{"visual_pruning": {"reserve": 0.5}}], "verify": False}
     out = place.folder / f"{family}-pruned"
     return load(surgery.convert(str(place.base_folder(family)), out, surgery.manifest_from_dict(data)).out)
@@ -710,3 +720,13 @@ def test_the_label_is_in_the_plan_and_in_the_config(place: Place) -> None:
     assert config["model_type"] == "surgery_llava"
     card = (place.result("llava") / "README.md").read_text()
     assert "AMIA-style, backend=own; generate() is defended, forward() is not; weights stay" in card
+
+
+@pytest.mark.slow
+def test_a_defended_result_passes_verification(place: Place) -> None:
+    data = {"surgery": 1, "operations": [{"visual_defense": {}}], "verify": {"text": None}}
+    base, out = place.base_folder("llava"), place.folder / "verified"
+    done = surgery.convert(str(base), out, surgery.manifest_from_dict(data))
+    assert done.verification is not None
+    passed = {check.name for check in done.verification.checks if check.status == "pass"}
+    assert passed >= {"greedy_equals_beam_1", "beam_4", "assisted_decoding", "left_padded_batch", "base_comparison"}
