@@ -18,8 +18,8 @@ PROMISE = "No network, no subprocess, no eval, no file access."
 INSTALLED_EVERYWHERE = frozenset({"torch", "transformers"})
 HARMLESS_LIBRARY = frozenset(
     {
-        "__future__", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "inspect", "itertools",
-        "math", "numbers", "operator", "typing", "warnings",
+        "__future__", "collections", "contextlib", "contextvars", "copy", "dataclasses", "enum", "functools", "inspect",
+        "itertools", "math", "numbers", "operator", "typing", "warnings",
     }
 )  # fmt: skip
 FORBIDDEN_NAMES = frozenset(

@@ -53,7 +53,7 @@ def _inputs(subject: Subject) -> dict[str, Any] | None:
         return None
     trust = bool(subject.job.get("trust_remote_code"))
     processor = transformers.AutoProcessor.from_pretrained(subject.folder, trust_remote_code=trust)
-    if not getattr(processor, "chat_template", None):
+    if not getattr(processor, "chat_template", None) or getattr(processor, "image_processor", None) is None:
         return None
     pixels = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]

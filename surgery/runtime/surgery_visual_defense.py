@@ -16,11 +16,31 @@ from torch import Tensor
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 
 from .surgery_defense_prompt import (
-    NEW, Answered, AnswerStreamer, Parser, Request, eos_of, is_wrapped, limit_of, pad_of, padded, requests, setting,
+    NEW,
+    Answered,
+    AnswerStreamer,
+    Parser,
+    Request,
+    eos_of,
+    is_wrapped,
+    limit_of,
+    pad_of,
+    padded,
+    requests,
+    setting,
     wrapped,
 )  # fmt: skip
 from .surgery_defense_tiles import (
-    PIXELS, View, checked_tiles, least, own_relevance, paint, runs_of, tile_scores, views, visual_tokens,
+    PIXELS,
+    View,
+    checked_tiles,
+    least,
+    own_relevance,
+    paint,
+    runs_of,
+    tile_scores,
+    views,
+    visual_tokens,
 )  # fmt: skip
 
 PLACED = "position_ids", "cache_position"  # what goes by places in a prompt

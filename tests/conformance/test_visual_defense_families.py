@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
 
 import surgery
+from surgery.emission.lint import lint
 from surgery.operations.visual_defense import TEMPLATES
 from tests.defense_cases import MEAN, STD, TOKENS, WORDS, batch, chat, convert, load, tokenizer, write_base
 from tests.tiny_vision import COMPOSITES, END, FAMILIES, IMAGE, START, VIDEO, picture
@@ -718,6 +719,7 @@ def test_the_label_is_in_the_plan_and_in_the_config(place: Place) -> None:
     config = json.loads((place.result("llava") / "config.json").read_text())
     assert config["surgery"]["visual_defense"]["label"] == "AMIA-style, backend=own"
     assert config["model_type"] == "surgery_llava"
+    assert lint({file.name: file.read_bytes() for file in place.result("llava").glob("*.py")}) == []
     card = (place.result("llava") / "README.md").read_text()
     assert "AMIA-style, backend=own; generate() is defended, forward() is not; weights stay" in card
 

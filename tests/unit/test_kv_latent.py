@@ -635,7 +635,7 @@ def test_absent_shards_are_refused(tmp_path):
     assert_refused(base, {**STRIDE, "qk_dim": 8}, RefusedInput, "model-00002", tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llava", "gpt_neox", "no_such_family"])
+@pytest.mark.parametrize("kind", ["mllama", "gpt_neox", "no_such_family"])
 def test_other_families_are_refused_by_name(kind, tmp_path):
     base = write_tiny(tmp_path / "base", "llama")
     text = json.loads((base / "config.json").read_text())
