@@ -329,7 +329,7 @@ OPERATION = Operation(
     limits=(
         "Only generate() is defended: forward() alone, and servers that call it, run the base.",
         "No rate of attacks that it stops was measured for this result, and none of refusals of harmless requests.",
-        "scorer: own compares embeddings of the model itself and is weak: what a request asks for may be masked.",
+        "scorer: own compares embeddings of the model itself; where it was measured it was no better than chance.",
         "Text in an image is relevant to most requests, so masking rarely hides it; the analysis must see through it.",
         "Stop strings, logits processors and minimal lengths see the analysis as well as the answer.",
         "The model must write the tag of the answer by itself: small ones often do not, and on_missing decides then.",

@@ -15,7 +15,7 @@ from tests.defense_cases import TOKENS, WORDS, batch, chat, convert, load, token
 from tests.tiny_vision import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RELEASES = ("4.53.3", "4.57.6", "5.0.0", "5.23.0")
+RELEASES = ("4.57.6", "5.0.0")  # the newest is what everything else runs on
 TEMPLATE = dict.fromkeys(FAMILIES, TOKENS) | {"llava": WORDS, "llava_next": WORDS}
 SAID = "[INTENTION ANALYSIS] To see a cat.\n[Final Response]: There it is."
 

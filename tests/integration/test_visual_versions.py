@@ -18,7 +18,7 @@ from tests.tiny_vision import FAMILIES, VIDEOS, clip_of, inputs_of, write_tiny_v
 from tests.visual_reference import UNWANTED, convert, kept_mask, load, longer, masked, recomputed, with_scorer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RELEASES = ("4.53.3", "4.57.6", "5.0.0", "5.13.1", "5.23.0")
+RELEASES = ("4.57.6", "5.0.0")  # the newest is what everything else runs on
 TOO_OLD = "4.48.3"
 NEW = 6
 
