@@ -281,8 +281,8 @@ def test_lora_is_merged_exactly(base: Path, tmp_path: Path, monkeypatch: pytest.
         assert torch.equal(tensor, before[name]) != trained, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_heals(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["phi3", "qwen3", "mixtral", "olmoe"])  # fused, normed, with experts, with both
+def test_every_kind_of_family_heals(tmp_path: Path, family: str) -> None:
     base = write_tiny(tmp_path / "base", family)
     out = healed(base, tmp_path / "out", LATENT, {**BOTH, "train": ["attention", "norms"]})
     before = tensors(surgery.convert(str(base), tmp_path / "plain", manifest(LATENT)).out)
@@ -566,7 +566,7 @@ def test_two_processes_reach_what_one_reaches(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "settings", "variables"), TWO)
+@pytest.mark.parametrize(("config", "settings", "variables"), TWO[::2])
 def test_factors_train_in_two_processes(
     base: Path, tmp_path: Path, config: str, settings: dict[str, Any], variables: dict[str, str]
 ) -> None:
