@@ -261,7 +261,7 @@ def _spell_tower(draft: Draft) -> None:
     vision = draft.architecture.vision if draft.architecture else None
     if vision is None or vision.tower is None:
         return
-    prefix = vision.tower.rpartition(".")[0] + "."
+    prefix = f"{vision.short_tower}."
     short = [name for name in draft.tensors if name.startswith(prefix) and not name.startswith(vision.tower)]
     if short:
         draft.rename({name: f"{vision.tower}.{name.removeprefix(prefix)}" for name in short})

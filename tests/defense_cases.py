@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import surgery
-from tests.tiny_vision import END, IMAGE, START, VIDEO, config_of, picture
+from tests.tiny_vision import END, IMAGE, START, VIDEO, batch_of, config_of, picture
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<image>", "<video>", "<|vs|>", "<|ve|>", "<|im_end|>"]
 MEAN, STD = [0.4, 0.45, 0.5], [0.2, 0.25, 0.3]
@@ -126,15 +126,7 @@ def batch(
     made = tokenizer()
     pictures = [picture(family, seed=seed + 10 * number)[0] for number in range(sum(counts))]
     rows = [ids_of(made, template, conversation, picture(family)[1]) for conversation in conversations]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    made_of = {"input_ids": ids, "attention_mask": mask}
-    if family.startswith("qwen"):
-        made_of["mm_token_type_ids"] = (ids == IMAGE).long()
-    for name in pictures[0] if pictures else ():
-        made_of[name] = torch.cat([shown[name] for shown in pictures])
-    return made_of
+    return batch_of(family, rows, pictures)
 
 
 __all__ = ["END", "IMAGE", "MEAN", "START", "STD", "TOKENS", "VIDEO", "WORDS", "batch", "chat", "convert", "load"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ def inputs_of(family: str, images: tuple[int, ...] = (1,), *, seed: int = 0, tex
             pictures.append(shown)
             ids += [START, *[IMAGE] * tokens, END]
         rows.append([*ids, *torch.randint(10, 128, (texts,), generator=draw).tolist()])
+    return batch_of(family, rows, pictures)
+
+
+def batch_of(
+    family: str, rows: Sequence[list[int]], pictures: Sequence[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """What the model takes for rows of ids, padded on the left, and the pictures that stand in them."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -96,6 +96,11 @@ class Vision(_Data):
         default={}, description="what names of modules begin with in transformers, and their tensors on the Hub"
     )
 
+    @property
+    def short_tower(self) -> str | None:
+        """That prefix as 5.x saves it."""
+        return self.tower.rpartition(".")[0] if self.tower else None
+
     def stored(self, module: str) -> str:
         """The name on the Hub of what transformers calls `module`."""
         return _begun(module, self.modules)

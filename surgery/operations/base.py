@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from surgery.architectures import Model, carries_own_code
-from surgery.errors import UnsupportedModel
+from surgery.errors import InternalError, UnsupportedModel
 from surgery.progress import Report
 from surgery.sizes import parse_count
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from surgery.calibration.streamed import Layers
+    from surgery.checkpoint.expressions import Tensors
     from surgery.checkpoint.reader import Checkpoint
     from surgery.manifest import Data
     from surgery.planning import Draft
@@ -61,6 +62,20 @@ class Statistics:
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
     fingerprint: str = ""
+
+
+def from_training(name: str, statistics: Statistics | None, *, key: str | None = None) -> Callable[[Tensors], Tensors]:
+    """The function of a rewrite that makes tensor `name` what training found for it, under `key` where that differs."""
+
+    def function(_: Tensors) -> Tensors:
+        if statistics is None:
+            raise InternalError(
+                f"{name!r} was not trained", cause="a plan was evaluated as if it were a result",
+                remedy="report this as a defect, with the manifest",
+            )  # fmt: skip
+        return {name: statistics.tensors[key or name]}
+
+    return function
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from surgery.architectures import Model
 from surgery.checkpoint.dtypes import element_count
-from surgery.checkpoint.expressions import Tensors
-from surgery.errors import InternalError
-from surgery.operations.base import Count, Operation, Settings, Statistics, Training
+from surgery.operations.base import Count, Operation, Settings, Statistics, Training, from_training
 from surgery.planning import Draft
 from surgery.training.groups import Group, LoraGroup, Rank, Selection, group_of, select
 
@@ -232,7 +230,7 @@ def edit(draft: Draft, settings: HealSettings, statistics: Statistics | None) ->
     """Put the trained tensors in the place of those that were trained."""
     chosen = selection(draft.model, settings, frozenset(draft.changes))
     for name in chosen.names:
-        draft.rewrite([name], {name: draft.spec(name)}, _trained(name, statistics), why="trained by heal")
+        draft.rewrite([name], {name: draft.spec(name)}, from_training(name, statistics), why="trained by heal")
     draft.trained.update(chosen.names)
     draft.scratch_bytes += _disk(draft, settings, chosen)
     if statistics is not None:
@@ -248,18 +246,6 @@ def _disk(draft: Draft, settings: HealSettings, chosen: Selection) -> int:
     if settings.end_to_end is not None and settings.end_to_end.teacher == "stored":
         needed += 8 * settings.end_to_end.top_k * settings.end_to_end.tokens
     return needed
-
-
-def _trained(name: str, statistics: Statistics | None) -> Any:
-    def function(_: Tensors) -> Tensors:
-        if statistics is None:
-            raise InternalError(
-                f"{name!r} was not trained", cause="a plan was evaluated as if it were a result",
-                remedy="report this as a defect, with the manifest",
-            )  # fmt: skip
-        return {name: statistics.tensors[name]}
-
-    return function
 
 
 def train(training: Training, settings: HealSettings) -> Statistics:

@@ -8,16 +8,15 @@ relaxation of the second stage, the rule) is ours.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from surgery.architectures import Model
-from surgery.checkpoint.expressions import Tensors, TensorSpec
+from surgery.checkpoint.expressions import TensorSpec
 from surgery.emission.code import RuntimePart
-from surgery.errors import InternalError
 from surgery.given import GivenFile
-from surgery.operations.base import Operation, Settings, Statistics, Training
+from surgery.operations.base import Operation, Settings, Statistics, Training, from_training
 from surgery.planning import Draft
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -124,8 +123,8 @@ def edit(draft: Draft, settings: VisualPruningSettings, statistics: Statistics |
     if settings.train is not None and vision is not None:
         prefix = f"{vision.stored(PREFIX)}."
         for name, shape in scorer_shapes(draft.model.hidden_size, settings.train.scorer).items():
-            made = {prefix + name: TensorSpec("F32", shape)}
-            draft.rewrite([], made, _trained(name, prefix + name, statistics), why="visual_pruning: scorer")
+            trained = from_training(prefix + name, statistics, key=name)
+            draft.rewrite([], {prefix + name: TensorSpec("F32", shape)}, trained, why="visual_pruning: scorer")
     by = "a trained scorer chooses" if scorer else "relevance and diversity choose, untrained"
     draft.notes.append(f"visual_pruning: {settings.reserve:g} of an image's tokens stay, {by}; the base's weights stay")
     if statistics is not None:
@@ -147,18 +146,6 @@ def scorer_shapes(hidden: int, size: Scorer) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{block}mlp.0.weight": (2 * width, width), f"{block}mlp.0.bias": (2 * width,)}
         shapes |= {f"{block}mlp.2.weight": (width, 2 * width), f"{block}mlp.2.bias": (width,)}
     return shapes | {f"{name}.{kind}": (size_,) for name, size_ in norms.items() for kind in ("weight", "bias")}
-
-
-def _trained(name: str, stored: str, statistics: Statistics | None) -> Any:
-    def function(_: Tensors) -> Tensors:
-        if statistics is None:
-            raise InternalError(
-                f"{stored!r} was not trained", cause="a plan was evaluated as if it were a result",
-                remedy="report this as a defect, with the manifest",
-            )  # fmt: skip
-        return {stored: statistics.tensors[name]}
-
-    return function
 
 
 def train(training: Training, settings: VisualPruningSettings) -> Statistics:

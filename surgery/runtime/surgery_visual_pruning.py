@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, StaticCache
 
-from .surgery_visual_scorer import VisualScorer, best, diverse, reserved
+from .surgery_visual_scorer import VisualScorer, best, diverse, reserved, runs
 
 PIXELS = "pixel_values", "pixel_values_videos", "mm_encoder_outputs"
 PRUNED = "surgery_visual_pruning"  # where a cache carries what was dropped from it
@@ -101,8 +101,7 @@ class VisualPruning(_Whole):
         """As the native model; the model with a head around it may have said how much to keep."""
         kwargs = _named(super().forward, args, kwargs)  # type: ignore[misc]
         reserve = self.config.surgery["visual_pruning"]["reserve"] if visual_reserve is None else visual_reserve
-        call = _call.get() or Call(checked_reserve(reserve))
-        call.visual = self.visual_tokens(kwargs)
+        call = _call.get() or Call(checked_reserve(reserve), visual=self.visual_tokens(kwargs))
         with _calling(call):
             output = super().forward(**kwargs)  # type: ignore[misc]
         if call.kept is None:
@@ -147,7 +146,7 @@ class VisualPruning(_Whole):
         """Which columns stay, bool [B, L]: no padding, all text, and of each image its share."""
         keep = torch.zeros_like(visual)
         for row in range(len(embeds)):
-            for image in _runs(visual[row]):
+            for image in runs(visual[row]):
                 chosen = self.choose(embeds[row, image], embeds[row, text[row]], reserve)
                 keep[row, image[chosen]] = True
         return keep
@@ -186,15 +185,6 @@ class VisualPruning(_Whole):
         keep = valid & ~visual | self._kept(embeds, visual, text, call.reserve)
         call.kept = _columns(keep)
         return args, _compacted(call, valid, embeds, kwargs)
-
-
-def _runs(visual: Tensor) -> list[Tensor]:
-    """Columns of each stretch of visual tokens in a row [L]: an image, or a clip."""
-    columns = visual.nonzero()[:, 0]
-    if not len(columns):
-        return []
-    ends = (columns.diff() > 1).nonzero()[:, 0] + 1
-    return list(columns.tensor_split(ends.cpu()))
 
 
 def _columns(keep: Tensor) -> Tensor:
@@ -285,9 +275,8 @@ class VisualPruningGeneration(_Whole):
         kwargs = _named(native, args, kwargs)
         labels, reserve = kwargs.get("labels"), kwargs.pop("visual_reserve", None)
         call = Call(checked_reserve(self.config.surgery["visual_pruning"]["reserve"] if reserve is None else reserve))
-        call.labels = labels
-        prunes = call.reserve < 1 and self.model.visual_tokens(kwargs) is not None
-        if prunes:
+        call.labels, call.visual = labels, self.model.visual_tokens(kwargs)
+        if call.reserve < 1 and call.visual is not None:
             kwargs.pop("labels", None)
             if isinstance(kwargs.get("logits_to_keep"), Tensor):
                 raise NotImplementedError("columns move when tokens are pruned: give logits_to_keep as a number")

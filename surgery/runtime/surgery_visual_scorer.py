@@ -70,6 +70,15 @@ class _Attention(nn.Module):
         return output
 
 
+def runs(visual: Tensor) -> list[Tensor]:
+    """Columns of each stretch of visual tokens in a row [L]: an image, or a clip."""
+    columns = visual.nonzero()[:, 0]
+    if not len(columns):
+        return []
+    ends = (columns.diff() > 1).nonzero()[:, 0] + 1
+    return list(columns.tensor_split(ends.cpu()))
+
+
 def reserved(count: int, reserve: float, least: int) -> int:
     """How many of `count` visual tokens stay: the share `reserve`, rounded up, but not fewer than `least`."""
     return min(count, max(least, math.ceil(reserve * count - 1e-9)))

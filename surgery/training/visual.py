@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery.calibration.loading import check_device
+from surgery.calibration.loading import causal_lm, check_device
 from surgery.calibration.pictures import IGNORED, Batch, Batches, Question, drawn_questions, read_questions
 from surgery.calibration.store import load_statistics, store_statistics
 from surgery.checkpoint.writer import environment_errors
@@ -29,7 +29,7 @@ from surgery.operations.base import Statistics, Training
 from surgery.operations.visual_pruning import Train, VisualPruningSettings, token_ids
 from surgery.planning import FLOAT32_LIMIT
 from surgery.progress import Progress
-from surgery.runtime.surgery_visual_scorer import VisualScorer, best, diverse, reserved
+from surgery.runtime.surgery_visual_scorer import VisualScorer, best, diverse, reserved, runs
 from surgery.training import curves
 from surgery.training.processes import several
 from surgery.training.run import judge
@@ -63,9 +63,7 @@ class Prompt:
     def images(self) -> Iterator[tuple[int, Tensor]]:
         """Row and columns of every image."""
         for row in range(len(self.visual)):
-            columns = self.visual[row].nonzero()[:, 0]
-            ends = (columns.diff() > 1).nonzero()[:, 0] + 1
-            yield from ((row, part) for part in columns.tensor_split(ends.cpu()) if len(part))
+            yield from ((row, columns) for columns in runs(self.visual[row]))
 
     def mask(self) -> Tensor:
         """What attention adds without pruning, float [B, 1, L, L]: nothing, or so little that it hides."""
@@ -84,14 +82,8 @@ class Model:
     """The base, frozen, taken apart where its language model begins."""
 
     def __init__(self, training: Training, tokens: Sequence[int]) -> None:
-        from transformers import AutoModelForImageTextToText, PretrainedConfig
-
-        student = training.student
-        name = "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
-        dtype = torch.float32 if student.parameter_count * 4 <= FLOAT32_LIMIT else "auto"
-        self.whole: Any = AutoModelForImageTextToText.from_pretrained(
-            str(student.folder), trust_remote_code=student.remote_code, **{name: dtype}
-        )
+        small = training.student.parameter_count * 4 <= FLOAT32_LIMIT
+        self.whole: Any = causal_lm(training.student, torch.float32 if small else "auto")
         self.whole.to(training.device).eval().requires_grad_(False)
         self.inner: Any = self.whole.model.language_model
         self.tokens = torch.tensor(tokens, device=training.device)
@@ -334,19 +326,13 @@ class _Run:
 
     def _pruned_loss(self, prompt: Prompt, scores: Sequence[Tensor] | None) -> tuple[Tensor, int]:
         """Summed loss of the answers, and how many are right word for word, where each image keeps its best tokens."""
-        hidden = torch.zeros_like(prompt.embeds[..., 0])
-        if scores is not None:
-            for (row, columns), of_image in zip(prompt.images(), scores, strict=True):
-                kept = best(of_image, reserved(len(columns), self.settings.reserve, self.settings.min_keep))
-                dropped = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
-                dropped[kept] = False
-                hidden[row, columns[dropped]] = LOWEST
-        logits = self.model.logits(prompt, (prompt.mask() + against(hidden)).clamp(min=LOWEST))
+        mask = (
+            prompt.mask() if scores is None else keeping(prompt, scores, self.settings.reserve, self.settings.min_keep)
+        )
+        logits = self.model.logits(prompt, mask)
         answers = prompt.labels[:, 1:]
-        real = answers != IGNORED
-        wrong = torch.zeros_like(real)
-        wrong[real] = logits.argmax(-1) != answers[real]
-        return functional.cross_entropy(logits, answers[real], reduction="sum"), int((~wrong.any(1)).sum())
+        loss = functional.cross_entropy(logits, answers[answers != IGNORED], reduction="sum")
+        return loss, answered(prompt, logits)
 
     @torch.no_grad()
     def _right(self, questions: Sequence[Question], scores: Callable[[Prompt], list[Tensor] | None]) -> float:
@@ -361,12 +347,7 @@ class _Run:
         draw = torch.Generator(device="cpu").manual_seed(self.plan.seed)
 
         def untrained(prompt: Prompt) -> list[Tensor]:
-            found = []
-            for row, columns in prompt.images():
-                count = reserved(len(columns), self.settings.reserve, self.settings.min_keep)
-                chosen = diverse(prompt.embeds[row, columns], prompt.embeds[row, prompt.text[row]], count)
-                found.append(torch.zeros(len(columns), device=columns.device).index_fill_(0, chosen, 1.0))
-            return found
+            return as_scores(prompt, diverse, self.settings.reserve, self.settings.min_keep)
 
         def at_random(prompt: Prompt) -> list[Tensor]:
             return [torch.rand(len(columns), generator=draw).to(columns.device) for _, columns in prompt.images()]
@@ -395,6 +376,35 @@ class _Run:
         curves.publish(self.training.record, summary, history)
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in scorer.state_dict().items()}
         return Statistics(tensors, {"notes": notes, "record": record}, self.training.fingerprint)
+
+
+def keeping(prompt: Prompt, scores: Sequence[Tensor], reserve: float, least: int = 1) -> Tensor:
+    """What is added to attention [B, 1, L, L] so that each image keeps the best of its tokens, by their scores [V]."""
+    hidden = torch.zeros_like(prompt.embeds[..., 0])
+    for (row, columns), of_image in zip(prompt.images(), scores, strict=True):
+        dropped = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
+        dropped[best(of_image, reserved(len(columns), reserve, least))] = False
+        hidden[row, columns[dropped]] = LOWEST
+    return (prompt.mask() + against(hidden)).clamp(min=LOWEST)
+
+
+def as_scores(prompt: Prompt, choose: Choose, reserve: float, least: int = 1) -> list[Tensor]:
+    """What a rule chooses of each image, as scores [V]: ones among zeros."""
+    found = []
+    for row, columns in prompt.images():
+        visual, text = prompt.embeds[row, columns], prompt.embeds[row, prompt.text[row]]
+        chosen = choose(visual, text, reserved(len(columns), reserve, least))
+        found.append(torch.zeros(len(columns), device=columns.device).index_fill_(0, chosen, 1.0))
+    return found
+
+
+def answered(prompt: Prompt, logits: Tensor) -> int:
+    """How many questions of a batch are answered right, word for word, by logits [A, vocabulary] before answers."""
+    answers = prompt.labels[:, 1:]
+    real = answers != IGNORED
+    wrong = torch.zeros_like(real)
+    wrong[real] = logits.argmax(-1) != answers[real]
+    return int((~wrong.any(1)).sum())
 
 
 def received(prompt: Prompt, weights: Tensor) -> list[Tensor]:

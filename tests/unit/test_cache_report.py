@@ -45,16 +45,6 @@ def copy(coded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(coded, tmp_path / "copied"))
 
 
-@pytest.fixture
-def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model is loaded."""
-
-    def loads(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("surgery.calibration.loading.causal_lm", loads)
-
-
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = cli.run(["cache", *map(str, arguments)])
     return code, *capsys.readouterr()

@@ -105,16 +105,6 @@ def shown(tmp_path: Path) -> Path:
     return tmp_path / "shown.png"
 
 
-@pytest.fixture
-def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No model is loaded."""
-
-    def loads(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("surgery.calibration.loading.causal_lm", loads)
-
-
 def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = cli.run(["inspect", *map(str, arguments)])
     return code, *capsys.readouterr()

@@ -150,8 +150,8 @@ def layout(model: Model, targets: Targets, grids: Mapping[str, Grid | None], set
     dense = (*_heads(model), *targets.dense, *left)
     vision = model.architecture.vision
     if vision is not None:  # config.json speaks of modules, and releases differ in the tower's
-        tower = f"{vision.tower}." if vision.tower else ""
-        short = [module.replace(tower, tower.rpartition(".vision")[0] + ".") for module in dense if tower]
+        tower = f"{vision.tower}."
+        short = [f"{vision.short_tower}.{m.removeprefix(tower)}" for m in dense if m.startswith(tower)]
         dense = tuple(dict.fromkeys(vision.loaded(module) for module in (*dense, *short)))
         rounded = {vision.loaded(module): grid for module, grid in rounded.items()}
     return Layout(rounded, dense, settings.activations == "dynamic")
