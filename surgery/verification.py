@@ -250,7 +250,6 @@ def _environment(work: Path, transformers: Path | None) -> dict[str, str]:
     environment = dict(os.environ) | {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(work / "modules"),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if transformers is not None:

@@ -19,6 +19,7 @@ import re
 import sysconfig
 import warnings
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -116,9 +117,18 @@ def _code() -> list[tuple[str, str]]:
 
 def _module_docstrings(module: str) -> str:
     """Return all docstrings of a standard module in source order; empty where this Python lacks its source."""
-    documented = [node for node in ast.walk(_module_tree(module)) if isinstance(node, DOCUMENTED)]
+    documented = [node for node in _statements(_module_tree(module)) if isinstance(node, DOCUMENTED)]
     documented.sort(key=lambda node: getattr(node, "lineno", 0))  # only a module has no line: it comes first
     return "\n\n".join(filter(None, map(ast.get_docstring, documented)))
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every statement and block of a module, in no order; its expressions too would take twice as long as parsing."""
+    blocks: list[ast.AST] = [tree]
+    while blocks:
+        yield (node := blocks.pop())
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            blocks += getattr(node, part, ())
 
 
 def _module_code(module: str) -> str:

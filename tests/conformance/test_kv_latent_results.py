@@ -682,7 +682,7 @@ def arena(tmp_path_factory):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(chosen=RANDOM_SETTINGS | UNFITTED)
 def test_any_settings_are_refused_or_hold(arena, chosen):
     folder, base = arena

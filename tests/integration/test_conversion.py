@@ -86,7 +86,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(large: Path, tmp_path
     surgery.convert(str(large), undisturbed, manifest(STRIDE))
     duration = time.monotonic() - started
     expected, chance, resumed, killed = hashes(undisturbed), random.Random(0), 0, 0
-    for number in range(10):
+    for number in range(6):
         out = tmp_path / "killed"
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(large), str(out), json.dumps(STRIDE)], stdout=subprocess.PIPE
@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(large: Path, tmp_path
         assert complete or not out.with_name("killed.partial").exists()
         shutil.rmtree(out)
         shutil.rmtree(out.with_name("killed.partial"), ignore_errors=True)
-    assert killed >= 5, "most conversions must have been caught in the middle"
+    assert killed >= 3, "most conversions must have been caught in the middle"
     assert resumed > 0, "some finished shard must have been taken over"
 
 

@@ -498,6 +498,7 @@ def test_a_teacher_of_another_shape_is_refused(base: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_result_is_healed_alone(base: Path, tmp_path: Path) -> None:
     """By the command line: a checkpoint with code of its own, towards the base that it was made from."""
     plain = surgery.convert(str(base), tmp_path / "plain", manifest(LATENT)).out
@@ -555,7 +556,7 @@ TWO = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "settings", "variables"), TWO[:2])  # ZeRO-2 takes minutes, and trains factors below
+@pytest.mark.parametrize(("config", "settings", "variables"), TWO[1:2])  # each takes a minute: others train factors below
 def test_two_processes_reach_what_one_reaches(
     base: Path, reference: Path, tmp_path: Path, config: str, settings: dict[str, Any], variables: dict[str, str]
 ) -> None:

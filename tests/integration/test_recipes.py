@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ LESS_OF = {
     "visual-pruning-trained": ("visual_pruning.train.questions=128",),
 }
 BASES = {"expert": ("builtin:moe", 1280), "visual": ("builtin:llava", 2048)}  # and bytes of a token in the cache
+# Of the same kind as another recipe: made, and looked at, but not run in a process of its own.
+ALIKE = {
+    "codebook-kv-paper",
+    "expert-prune-50",
+    "expert-prune-no-data",
+    "kv-latent-75",
+    "kv-latent-paper",
+    "quantize-no-data",
+    "visual-pruning",
+}
 # Share of the cache that is left, and whether a stock class holds the result.
 EXPECTED = {
     "codebook-kv": (0.3, False),
@@ -52,11 +63,13 @@ def test_every_recipe_is_expected() -> None:
 def test_a_recipe_converts_and_verifies(path: Path, tmp_path: Path) -> None:
     ratio, stock = EXPECTED[path.stem]
     manifest = surgery.load_manifest(path, overrides=(*LESS, *LESS_OF.get(path.stem, ())))
+    if path.stem in ALIKE:
+        manifest = replace(manifest, verify=None)
     base, cache = BASES.get(path.stem.partition("-")[0], ("builtin:llama", 1536))
     planned = surgery.plan(base, manifest)
     done = surgery.convert(base, tmp_path / "out", manifest, statistics=tmp_path / "statistics")
-    assert done.verification is not None
-    assert done.verification.passed
+    assert (done.verification is None) is (path.stem in ALIKE)
+    assert done.verification is None or done.verification.passed
     assert done.plan.cache_bytes_before == cache
     if ratio is None:  # what the paper's rule takes depends on the text
         assert done.plan.cache_bytes_after is None
