@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from surgery.api import plan
     from surgery.cache_inspection import CacheReport, cache_report
     from surgery.conversion import Conversion, convert
+    from surgery.defense_inspection import DefenseReport, defense_report
     from surgery.errors import SurgeryError
     from surgery.inspection import Inspection, inspect
     from surgery.manifest import Manifest, json_schema, load_manifest, manifest_from_dict
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheReport",
     "Conversion",
+    "DefenseReport",
     "Inspection",
     "Manifest",
     "Plan",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "cache_report",
     "convert",
+    "defense_report",
     "inspect",
     "json_schema",
     "load_manifest",
@@ -55,6 +58,7 @@ __all__ = [
 _PLACES = {
     "CacheReport": "cache_inspection",
     "Conversion": "conversion",
+    "DefenseReport": "defense_inspection",
     "Inspection": "inspection",
     "Manifest": "manifest",
     "Plan": "planning",
@@ -63,6 +67,7 @@ _PLACES = {
     "Verification": "verification",
     "cache_report": "cache_inspection",
     "convert": "conversion",
+    "defense_report": "defense_inspection",
     "inspect": "inspection",
     "json_schema": "manifest",
     "load_manifest": "manifest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,9 @@ from surgery.checkpoint.expressions import Stored
 from surgery.checkpoint.journal import Finished, sync_folder
 from surgery.checkpoint.layout import lay_out
 from surgery.checkpoint.reader import Checkpoint, open_checkpoint
-from surgery.checkpoint.writer import hash_file, hash_tensors, write_file
+from surgery.checkpoint.writer import environment_errors, hash_file, hash_tensors, write_file
 from surgery.emission.lock import LOCK, lock_bytes, make_lock, portable_source
+from surgery.emission.pictures import PLACE, sample_png
 from surgery.errors import InternalError, VerificationFailure
 from surgery.planning import FLOAT32_LIMIT, Draft, Plan, describe
 from surgery.progress import Progress
@@ -24,15 +26,20 @@ from surgery.stages import Chain, Run, write_checkpoint
 
 if TYPE_CHECKING:
     from surgery.emission.figures import Compared
-    from surgery.verification import Verification
+    from surgery.verification import Sample, Verification
 
 CARD = "README.md"
+SAMPLES = Path(__file__).with_name("builtin") / "llava_samples"  # drawn by surgery: anybody may pass them on
+SHOWS = "visual_pruning", "visual_defense"  # what a sample image can show of a result
 MAIN = ""  # the name, among those of variants, of the result that is none
 
 
 @dataclass(frozen=True)
 class Result:
-    """A checkpoint that was written and verified; `inputs` are the files of the base, `frozen` what had to stay."""
+    """A checkpoint that was written and verified; `inputs` are the files of the base, `frozen` what had to stay.
+
+    `picture` is the PNG of what became of a sample image; None where nothing is shown.
+    """
 
     run: Run
     plan: Plan
@@ -41,13 +48,14 @@ class Result:
     outputs: Mapping[str, Finished]
     frozen: Mapping[str, str]
     verification: Verification | None
+    picture: bytes | None
     seconds: float = 0.0
 
 
 def complete(run: Run, plan: Plan, chain: Chain, inputs: Mapping[str, Finished] | None = None) -> Result:
     """Write what becomes OUT and verify it. Files of the base are hashed meanwhile, unless `inputs` has them."""
     last, draft = chain.last, chain.draft
-    for name in (CARD, LOCK):
+    for name in (CARD, LOCK, PLACE):
         (run.checkpoint / name).unlink(missing_ok=True)  # of an interrupted run; they are written at the very end
     stored = {name: value.info.name for name, value in draft.tensors.items() if isinstance(value, Stored)}
     kept = {name: old for name, old in stored.items() if name not in draft.trained}
@@ -59,8 +67,8 @@ def complete(run: Run, plan: Plan, chain: Chain, inputs: Mapping[str, Finished] 
         inputs = inputs or hashes() | {name: outputs[copy] for name, copy in same.items()}
     frozen = _frozen(last, kept, run.checkpoint, run.dtype) if run.trained else {}
     plan = _settled(run, last, plan, draft)
-    verification = _verify(run, plan)
-    return Result(run, plan, draft, inputs, outputs, frozen, verification)
+    verification, picture = _verify(run, plan, draft)
+    return Result(run, plan, draft, inputs, outputs, frozen, verification, picture)
 
 
 def describe_results(results: Mapping[str, Result]) -> tuple[dict[str, dict[str, Any]], tuple[Compared, ...]]:
@@ -98,6 +106,10 @@ def _describe(
         run.base, result.plan, result.draft, run.manifest, result.outputs, result.verification, figures, name
     )
     outputs = {**result.outputs, CARD: write_file(folder / CARD, content)}
+    if result.picture is not None:
+        with environment_errors(folder / PLACE):
+            (folder / PLACE).parent.mkdir(exist_ok=True)
+        outputs[PLACE] = replace(write_file(folder / PLACE, result.picture), file=PLACE)
     lock["outputs"] = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(outputs.items())}
     if variants:
         lock["variants"] = variants
@@ -143,13 +155,13 @@ def _settled(run: Run, last: Checkpoint, plan: Plan, draft: Draft) -> Plan:
     )  # fmt: skip
 
 
-def _verify(run: Run, plan: Plan) -> Verification | None:
-    """Try the result in a fresh process. Raises VerificationFailure where a check fails."""
+def _verify(run: Run, plan: Plan, draft: Draft) -> tuple[Verification | None, bytes | None]:
+    """Try the result in a fresh process, and draw what that saw. Raises VerificationFailure where a check fails."""
     from surgery.verification import Promises, Trial, verify
 
     wanted = run.manifest.verify
     if wanted is None:
-        return None
+        return None, None
     run.report(Progress("verify", 0, 1, "process"))
     promises = Promises(
         kv_bytes_per_token=None if plan.cache_coded else plan.cache_bytes_after,
@@ -164,14 +176,17 @@ def _verify(run: Run, plan: Plan) -> Verification | None:
             text = Path(work) / "heldout.txt"
             text.write_text(evaluation_text(wanted.text), encoding="utf-8")
         small = run.base.parameter_count * 4 <= FLOAT32_LIMIT
+        sample = _sample(draft, Path(work) / "view.png")
         trial = Trial(
-            text=text, device=run.device, dtype="float32" if small else "auto", quantized_cache=wanted.quantized_cache
+            text=text, device=run.device, dtype="float32" if small else "auto", quantized_cache=wanted.quantized_cache,
+            sample=sample,
         )  # fmt: skip
         # What was trained is held against what it was to resemble; without a teacher of its own that is the base.
         found = verify(
             run.checkpoint, against=run.teacher.folder, trust_base_code=run.teacher.remote_code,
             promises=promises, trial=trial,
         )  # fmt: skip
+        picture = sample_png(found.sample, sample.view) if sample is not None and found.sample is not None else None
     if not found.passed:
         first = found.failures[0]
         raise VerificationFailure(
@@ -182,7 +197,17 @@ def _verify(run: Run, plan: Plan) -> Verification | None:
             "or set verify: false to keep it",
         )
     run.report(Progress("verify", 1, 1, "process"))
-    return found
+    return found, picture
+
+
+def _sample(draft: Draft, view: Path) -> Sample | None:
+    """The image that a result is shown for its card, where it prunes or masks; `view` is where the probe writes it."""
+    from surgery.verification import Sample
+
+    if not any(name in draft.root.get("surgery", {}) for name in SHOWS):
+        return None
+    first = json.loads((SAMPLES / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return Sample(SAMPLES / first["image"], first["question"], view)
 
 
 def _teacher_record(run: Run) -> dict[str, Any] | str:

@@ -5,23 +5,26 @@ The model that chooses is the code that lies in the checkpoint, so nothing runs 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from surgery.checkpoint.reader import Checkpoint, reading_errors
-from surgery.errors import CorruptCheckpoint, MissingPackage, SourceUnavailable, UsageError
-from surgery.finished import load_result, loading_errors, memory_errors, open_result, quiet, refuse_changed, stage
+from surgery.asking import (
+    ANSWER,
+    Put,
+    asking_errors,
+    base_view_notes,
+    checked_share,
+    put,
+    refuse_other_class,
+    settings_of,
+    shown_image,
+)  # fmt: skip
+from surgery.emission.pictures import View
+from surgery.finished import open_result, quiet, stage
 from surgery.progress import Report, silent
-from surgery.pruning_picture import View, draw_pruning, seen
+from surgery.pruning_picture import draw_pruning
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-ANSWER = 16  # tokens, at most
 EVERYTHING = 1.0
 
 
@@ -85,154 +88,40 @@ def pruning_report(
     this process: without `trust_remote_code`, UnsafeCheckpoint is raised unless its files have the hashes of its lock.
     Raises the other errors of `surgery.errors` too.
     """
-    folder, file = Path(checkpoint), Path(image)
-    opened = open_result(folder, "visual_pruning")
-    settings = _settings(opened)
-    share = _share(settings["reserve"] if reserve is None else reserve)
-    shown = _shown(file)
-    if not trust_remote_code:
-        with stage(report, "hash", "folder"):
-            refuse_changed(folder)
+    file, opened = Path(image), open_result(Path(checkpoint), "visual_pruning")
+    settings = settings_of(opened, "visual_pruning", "prunes no visual tokens")
+    share = checked_share(settings["reserve"] if reserve is None else reserve)
+    shown = shown_image(file)
     with quiet():
-        with stage(report, "load", "model"):
-            processor = _processor(opened)
-            model = load_result(opened, device)
-        if not hasattr(getattr(model, "model", None), "visual_tokens"):
-            raise CorruptCheckpoint(
-                "the model does not prune although its config says so", cause=f"its class is {type(model).__name__}",
-                remedy="convert it again; auto_map of config.json must name the code that surgery wrote",
-            )  # fmt: skip
-        inputs = _inputs(processor, shown, question)
-        visual = _visual(inputs["input_ids"][0], settings["token_ids"])
-        view = seen(inputs, model.config, processor, len(visual))
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        tokens = settings["token_ids"]
+        asked = put(opened, shown, question, tokens, device=device, trusted=trust_remote_code, report=report)
+        prunes = hasattr(getattr(asked.model, "model", None), "visual_tokens")
+        refuse_other_class(asked.model, has=prunes, does="prune")
         with stage(report, "answer", "question"):
-            whole, whole_bytes, whole_answer = _run(model, processor, inputs, EVERYTHING)
-            stay, few_bytes, answer = _run(model, processor, inputs, share)
-    kept = tuple(number for number, column in enumerate(visual) if column in stay)
-    notes, drawn = [], view.rows * view.columns
-    if view.first + drawn < len(visual):
-        notes.append(f"a picture shows the base view, {drawn:,} of {len(visual):,} visual tokens; others see closer")
+            whole, whole_bytes, whole_answer = _run(asked, EVERYTHING)
+            stay, few_bytes, answer = _run(asked, share)
+    count, kept = len(asked.visual), tuple(number for number, column in enumerate(asked.visual) if column in stay)
     return PruningReport(
-        file.name, question, share, len(visual), len(kept), len(kept) / len(visual), len(whole), len(stay),
-        whole_bytes, few_bytes, whole_answer, answer, kept, tuple(notes), view=view,
+        file.name, question, share, count, len(kept), len(kept) / count, len(whole), len(stay), whole_bytes, few_bytes,
+        whole_answer, answer, kept, base_view_notes(asked.view, count), view=asked.view,
     )  # fmt: skip
 
 
-def _settings(opened: Checkpoint) -> Mapping[str, Any]:
-    """Those of the operation. Raises UsageError where the checkpoint prunes nothing."""
-    found = (opened.config.get("surgery") or {}).get("visual_pruning")
-    if not isinstance(found, Mapping):
-        raise UsageError(
-            f"{opened.folder} prunes no visual tokens", cause="its config.json has no surgery.visual_pruning",
-            remedy=f"make one that does: surgery convert {opened.folder} OUT -o visual_pruning",
-        )  # fmt: skip
-    return found
-
-
-def _share(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise UsageError(
-            f"reserve is {value!r}", cause="it is the share of visual tokens that stays",
-            remedy="give a number above 0 and at most 1",
-        )  # fmt: skip
-    return float(value)
-
-
-def _shown(file: Path) -> Image:
-    """The image of a file. Raises SourceUnavailable where there is none, MissingPackage without Pillow."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingPackage(
-            "images are read with Pillow, which is not installed", cause=str(error),
-            remedy="pip install 'surgery[vision]'",
-        ) from error  # fmt: skip
-    with reading_errors(file):
-        if not file.is_file():
-            raise SourceUnavailable(
-                f"there is no image {file}", cause="no such file", remedy="check the path: --image FILE"
-            )
-        with file.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                return Image.open(stream).convert("RGB")
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise SourceUnavailable(
-                    f"{file} is no image that can be read", cause=f"{type(error).__name__}: {error}"[:300],
-                    remedy="give a whole PNG, JPEG or another file that Pillow knows",
-                ) from error  # fmt: skip
-
-
-def _processor(opened: Checkpoint) -> Any:
-    """What makes images and questions into inputs. Raises UsageError where the checkpoint has none."""
-    from transformers import AutoProcessor
-
-    with loading_errors(opened.folder, "processor"):
-        found = AutoProcessor.from_pretrained(str(opened.folder), trust_remote_code=opened.remote_code)
-    if not (hasattr(found, "image_processor") and getattr(found, "chat_template", None)):
-        raise UsageError(
-            f"{opened.folder} has no processor with a chat template", cause="it says how a question is put to a model",
-            remedy="convert a base that has preprocessor_config.json, a tokenizer and chat_template.jinja",
-        )  # fmt: skip
-    return found
-
-
-def _inputs(processor: Any, image: Image, question: str) -> dict[str, Tensor]:
-    """The prompt of one question about one image. Raises UsageError for a question that cannot be put."""
-    mark = getattr(processor, "image_token", None)
-    if mark and mark in question:
-        raise UsageError(
-            f"the question has the word {mark!r}", cause="it stands for an image, and is put there by itself",
-            remedy="leave it out",
-        )  # fmt: skip
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    try:
-        text = processor.apply_chat_template(turn, add_generation_prompt=True)
-        return dict(processor(images=[image], text=[text], return_tensors="pt"))
-    except Exception as error:
-        raise UsageError(
-            "the processor makes no prompt of this image and this question",
-            cause=f"{type(error).__name__}: {error}"[:300], remedy="give another image, or another question",
-        ) from error  # fmt: skip
-
-
-def _visual(ids: Tensor, tokens: list[int]) -> list[int]:
-    """Columns of the visual tokens of a prompt [L]."""
+def _run(asked: Put, reserve: float) -> tuple[set[int], int, str]:
+    """Columns of the prompt that stay, the bytes of their cache, and the answer; what defends is switched off."""
     import torch
 
-    found: list[int] = torch.isin(ids, torch.tensor(tokens)).nonzero()[:, 0].tolist()
-    if not found:
-        raise CorruptCheckpoint(
-            "the prompt has no visual token", cause="processor, chat template and model do not agree on what it is",
-            remedy="use the processor that the model was trained with",
-        )  # fmt: skip
-    return found
-
-
-def _run(model: Any, processor: Any, inputs: Mapping[str, Tensor], reserve: float) -> tuple[set[int], int, str]:
-    """Columns of the prompt that stay, the bytes of their cache, and the answer."""
-    import torch
-
-    count = inputs["input_ids"].shape[1]
+    model, inputs, count = asked.model, asked.inputs, asked.inputs["input_ids"].shape[1]
     own = {"past_key_values": model.surgery_cache()} if hasattr(model, "surgery_cache") else {}
-    try:
-        with torch.no_grad(), memory_errors(count, "ask about a smaller image"):
-            output = model(**inputs, **own, use_cache=True, visual_reserve=reserve, logits_to_keep=1)
-            written = model.generate(
-                **inputs, visual_reserve=reserve, max_new_tokens=ANSWER, do_sample=False, num_beams=1
-            )
-    except (ValueError, NotImplementedError) as error:
-        raise UsageError(
-            "the model does not take this image and this question", cause=str(error)[:300],
-            remedy="give another image, or reserve=1.0 where that is what the line above says",
-        ) from error  # fmt: skip
+    plain = {"defense": False} if "visual_defense" in model.config.surgery else {}
+    with torch.no_grad(), asking_errors(inputs, "reserve=1.0 where that is what the line above says"):
+        output = model(**inputs, **own, use_cache=True, visual_reserve=reserve, logits_to_keep=1)
+        written = model.generate(
+            **inputs, **plain, visual_reserve=reserve, max_new_tokens=ANSWER, do_sample=False, num_beams=1
+        )
     kept = getattr(output, "kept_indices", None)
     columns = range(count) if kept is None else kept[0].tolist()
-    answer = processor.tokenizer.decode(written[0, count:], skip_special_tokens=True)
-    return set(columns), _bytes(output.past_key_values), answer.strip()
+    return set(columns), _bytes(output.past_key_values), asked.text(written[0, count:])
 
 
 def _bytes(cache: Any) -> int:

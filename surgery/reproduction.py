@@ -14,13 +14,14 @@ from surgery.checkpoint.resolve import open_base
 from surgery.checkpoint.writer import hash_file
 from surgery.conversion import Conversion, convert
 from surgery.emission.lock import FORMAT, versions
+from surgery.emission.pictures import PLACE
 from surgery.errors import RefusedInput, UsageError, VerificationFailure
 from surgery.manifest import Calibration, Data, Manifest, manifest_from_dict
 from surgery.planning import variant_errors
 from surgery.progress import Report, silent
 
-# The card and the lock also record versions and measured figures, which may differ where the weights do not.
-RECORDS = frozenset({"README.md"})
+# The card, its picture and the lock record versions and what was measured, which may differ where the weights do not.
+RECORDS = frozenset({"README.md", PLACE})
 
 
 @dataclass(frozen=True)

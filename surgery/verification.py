@@ -41,11 +41,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of one checkpoint, what was measured on the way, and with which versions."""
+    """All checks of one checkpoint, what was measured on the way, and with which versions.
+
+    `sample` is what became of the image that was shown, where there was one (see `surgery/probe/sampled.py`).
+    """
 
     checks: tuple[Check, ...]
     measurements: Mapping[str, float]
     versions: Mapping[str, str]
+    sample: Mapping[str, Any] | None = None
 
     @property
     def failures(self) -> tuple[Check, ...]:
@@ -86,12 +90,21 @@ class Promises:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An image to show the model, what it is asked about it, and the PNG to write what its vision tower gets of it."""
+
+    image: Path
+    question: str
+    view: Path
+
+
+@dataclass(frozen=True)
 class Trial:
     """On what and where the model is tried.
 
     `text` is held out and read in `windows` of `length` tokens; `transformers` is a folder that holds another version
     of it, put first on the path; `timeout` is in seconds; `checks` None asks for all; `quantized_cache` names kinds of
-    cache, such as `fp8` or `hqq-4`, whose cost is measured.
+    cache, such as `fp8` or `hqq-4`, whose cost is measured; `sample` is for models that prune or mask.
     """
 
     prompts: Sequence[str] = ()
@@ -105,6 +118,7 @@ class Trial:
     transformers: Path | None = None
     timeout: float = 3600.0
     quantized_cache: Sequence[str] = ()
+    sample: Sample | None = None
 
 
 def verify(
@@ -145,6 +159,7 @@ def verify(
         "length": trial.length,
         "prompts": list(trial.prompts) or None,
         "quantized_cache": list(trial.quantized_cache),
+        "sample": None if trial.sample is None else {name: str(value) for name, value in vars(trial.sample).items()},
         "seed": trial.seed,
         "static_cache": promises.static_cache,
         "expect_identical": promises.identical,
@@ -152,7 +167,7 @@ def verify(
     result = run_probe(job, transformers=trial.transformers, timeout=trial.timeout)
     checks = tuple(Check(**check) for check in result["checks"])
     versions = {name: result[name] for name in ("transformers", "torch", "python")}
-    return Verification((*files, *checks), result["measurements"], versions)
+    return Verification((*files, *checks), result["measurements"], versions, result["sample"])
 
 
 def recorded_promises(folder: Path) -> Promises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import surgery
-from tests.tiny_vision import END, IMAGE, START, VIDEO, batch_of, config_of, picture
+from tests.tiny_vision import END, IMAGE, START, TOWER, VIDEO, batch_of, config_of, picture
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<image>", "<video>", "<|vs|>", "<|ve|>", "<|im_end|>"]
 MEAN, STD = [0.4, 0.45, 0.5], [0.2, 0.25, 0.3]
@@ -87,6 +87,32 @@ def write_base(folder: Path, family: str, *, template: str = TOKENS, **text: Any
     made.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return folder
+
+
+def write_clip(folder: Path, base: Path, *, end: int = 2) -> Path:
+    """A random CLIP model whose vision tower is that of `base`, with the tokenizer above; its texts end in `end`."""
+    import transformers
+    from safetensors.torch import load_file
+    from tokenizers import processors
+
+    torch.manual_seed(1)
+    text = {
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 640,
+        "max_position_embeddings": 20, "bos_token_id": 1, "eos_token_id": end, "layer_norm_eps": 1e-3,
+    }  # fmt: skip
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=TOWER, projection_dim=16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    stored = load_file(base / "model.safetensors")
+    tower = {name.partition("vision_tower.")[2]: tensor for name, tensor in stored.items() if "vision_tower." in name}
+    model.vision_model.load_state_dict({name.removeprefix("vision_model."): part for name, part in tower.items()})
+    model.save_pretrained(folder)
+    made, last = tokenizer(), SPECIAL[end]
+    ends = processors.TemplateProcessing(single=f"<s> $A {last}", special_tokens=[("<s>", 1), (last, end)])
+    made.backend_tokenizer.post_processor = ends
+    made.save_pretrained(folder)
     return folder
 
 

@@ -150,25 +150,21 @@ def sorted_best(scores: list[float], count: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=lambda at: (-scores[at], at))[:count])
 
 
-def greedy_dpp(visual: Tensor, text: Tensor, count: int) -> list[int]:
+def greedy_dpp(visual: Tensor, count: int) -> list[int]:
     """Greedily the set whose kernel has the largest determinant, by a determinant for every candidate, in float64."""
-    visual, text = visual.double(), text.double()
-    unit = visual / visual.norm(dim=-1, keepdim=True)
-    relevance = torch.ones(len(visual), dtype=torch.float64)
-    if len(text):
-        question = text.mean(0)
-        relevance = unit @ (question / question.norm())
-        relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min())
-    weight = 0.5 + 0.5 * relevance
-    kernel = weight[:, None] * (unit @ unit.T) * weight
+    visual = visual.double()
+    salience = torch.stack([(token - visual.mean(0)).norm() for token in visual])
+    kernel = torch.cosine_similarity(visual[:, None], visual[None], dim=-1) * salience.outer(salience).sqrt()
+    kernel = kernel / salience.max()  # so that its determinants are none too small to tell
     chosen: list[int] = []
-    size, least = 0.0, 1e-6  # of two sets that differ by less than rounding, that with the earlier token
+    size, least = 0.0, 1e-4  # what differs by this share alone is equal
     for _ in range(count):
         left = [at for at in range(len(visual)) if at not in chosen]
         sizes = [float(torch.linalg.slogdet(kernel[[*chosen, at]][:, [*chosen, at]])[1]) for at in left]
         gains = [math.exp(found - size) for found in sizes]
-        best = next(number for number, gain in enumerate(gains) if gain >= max(gains) - least)
-        if gains[best] < least:  # no token adds anything
+        gains = [gain if gain > least * kernel[at, at] else 0.0 for at, gain in zip(left, gains, strict=True)]
+        best = next(number for number, gain in enumerate(gains) if gain >= (1 - least) * max(gains))
+        if not gains[best]:  # no token adds anything
             return sorted([*chosen, *left[: count - len(chosen)]])
         chosen.append(left[best])
         size = sizes[best]

@@ -292,9 +292,9 @@ def pieces(prompts: Sequence[VisualPrompt], size: int) -> Iterator[Sequence[Visu
     return (prompts[at : at + size] for at in range(0, len(prompts), size))
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
     """Write a tokenizer that knows whole words, whatever their case, and puts the begin token first by itself."""
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+:?|[^\w ]"), "removed", invert=True)
@@ -325,9 +325,9 @@ def write_processor(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8", newline="\n")
 
 
-def write_configs(folder: Path) -> None:
+def write_configs(folder: Path, config: dict[str, Any] = LLAVA) -> None:
     """Write config.json and generation_config.json."""
-    write_json(folder / "config.json", dict(sorted(LLAVA.items())))
+    write_json(folder / "config.json", dict(sorted(config.items())))
     ids = {name: TEXT[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**ids, "do_sample": False})
 

@@ -39,6 +39,11 @@ class Attention(_Data):
     native_head_dim: bool = Field(description="the stock class sizes projections by config.head_dim, on every version")
     clip: str | None = Field(default=None, description="config key of a clamp on queries, keys and values")
     window: str | None = Field(default=None, description="config key of a sliding window")
+    mrope: bool = Field(
+        default=False,
+        description="tokens have three positions (time, height, width), and mrope_section in the rope settings says "
+        "which rotary pairs turn by which",
+    )
     unlike: str | None = Field(
         default=None,
         description="what sets it apart from plain rotary attention, for operations on attention to refuse",

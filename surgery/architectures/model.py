@@ -99,6 +99,12 @@ class Model:
                 remedy="leave this model to a release that lists its family",
             )  # fmt: skip
         settings = {**new, **old}
+        if self.architecture.attention.mrope and "mrope_section" not in settings:
+            raise UnsupportedModel(
+                "the rope settings have no mrope_section",
+                cause="it says which rotary pairs turn by time, which by height and which by width",
+                remedy="check rope_scaling in config.json against that of the model on the Hub",
+            )  # fmt: skip
         kind = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
         theta = self.config.get("rope_theta") or settings.pop("rope_theta", None) or 10000.0
         part = self.config.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0

@@ -112,7 +112,9 @@ def sampled_rows(model: Any, *, start: int, count: int, length: int, generator: 
     tokens = torch.full((count, 1), start)
     cache, last = None, tokens
     while tokens.shape[1] < length:
-        out = model(input_ids=last.to(input_device(model)), past_key_values=cache, use_cache=True)
+        inputs = last.to(input_device(model))
+        place = torch.full_like(inputs, tokens.shape[1] - 1)  # until 4.57 Qwen-VL starts anew where none is given
+        out = model(input_ids=inputs, position_ids=place, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         chances = out.logits[:, -1].float().softmax(-1).cpu()
         if not chances.isfinite().all():

@@ -14,6 +14,7 @@ from surgery.errors import UsageError
 from surgery.sizes import human_count, human_size
 
 if TYPE_CHECKING:
+    from surgery.defense_inspection import DefenseReport
     from surgery.inspection import Inspection, Structure
     from surgery.pruning_inspection import PruningReport
 
@@ -30,19 +31,24 @@ EXAMPLES = (
     "--image",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Ask a result of visual_pruning about this image, and show which of its visual tokens stay.",
+    help="Ask a result of visual_pruning or visual_defense about this image, and show what stays and what is masked.",
 )
 @click.option("--question", metavar="TEXT", help="What it is asked; with --image.")
 @click.option(
     "--picture",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Draw what stays as this PNG, which must not be there yet; with --image.",
+    help="Draw that as this PNG, which must not be there yet; with --image.",
 )
 @click.option(
     "--reserve",
     type=click.FloatRange(0, 1, min_open=True),
     help="Share of the visual tokens that stays, with --image [default: that of the result].",
+)
+@click.option(
+    "--masked-tiles",
+    metavar="NUMBERS",
+    help="Tiles that are masked, such as 0,5,9, with --image [default: those that the result chooses].",
 )
 @click.option("--device", help="Where the model runs, with --image [default: cpu].")
 @base_options
@@ -54,15 +60,16 @@ def _command(
 
     BASE is a checkpoint folder, id@revision of the Hub, or builtin:NAME. No weight is read.
 
-    With --image and --question, BASE is a folder that the operation visual_pruning made, and the question is asked. Its
-    code runs, if its files are those of its lock, or with --trust-remote-code.
+    With --image and --question, BASE is a folder that visual_pruning or visual_defense made, and the question is asked.
+    Its code runs, if its files are those of its lock, or with --trust-remote-code.
     """
     given = {name: value for name, value in about.items() if value is not None}
     if image is not None:
         return _ask(output, base, image=image, trust_remote_code=trust_remote_code, **given)
     if given:
+        name = next(iter(given)).replace("_", "-")
         raise UsageError(
-            f"--{next(iter(given))} is given without --image", cause="it is for a question about an image",
+            f"--{name} is given without --image", cause="it is for a question about an image",
             remedy="add --image FILE, or leave it out",
         )  # fmt: skip
     from surgery.inspection import inspect
@@ -72,40 +79,79 @@ def _command(
     return output.result(found.to_json(), _human(found), fitting)
 
 
-def _ask(output: Output, base: str, *, picture: Path | None = None, **run: Any) -> int:
+def _ask(output: Output, base: str, *, picture: Path | None = None, masked_tiles: str | None = None, **run: Any) -> int:
     if "question" not in run:
         raise UsageError(
             "--image is given without --question", cause="which of an image stays depends on what is asked",
             remedy="add --question TEXT",
         )  # fmt: skip
-    from surgery.finished import check_picture
+    from surgery.defense_inspection import DefenseReport, defense_report
+    from surgery.finished import check_picture, open_result
     from surgery.pruning_inspection import pruning_report
 
     if picture is not None:
         check_picture(picture)
+    found: DefenseReport | PruningReport
+    defended = "visual_defense" in (open_result(Path(base), "visual_pruning").config.get("surgery") or {})
+    if masked_tiles is not None and not defended:
+        raise UsageError(
+            "--masked-tiles is given, and this result masks nothing", cause="visual_defense did not make it",
+            remedy="leave it out",
+        )  # fmt: skip
     with output.progress() as report:
-        found = pruning_report(base, report=report, **run)
+        if defended:
+            found = defense_report(base, report=report, masked_tiles=_numbers(masked_tiles), **run)
+        else:
+            found = pruning_report(base, report=report, **run)
     if picture is not None:
         found.draw(picture)
     data = {**found.to_json(), "picture": None if picture is None else str(picture)}
-    return output.result(data, _stays(found, picture), found.answer)
+    rows = [
+        ("image", found.image),
+        *(_masks(found) if isinstance(found, DefenseReport) else _stays(found)),
+        *found.said.items(),
+        *(("note", note) for note in found.notes),
+        *([("picture", str(picture))] if picture is not None else []),
+    ]
+    return output.result(data, [Table(rows)], found.answer)
 
 
 command = _command
 
 
-def _stays(found: PruningReport, picture: Path | None) -> Human:
-    share = f"{found.kept_tokens:,} of {found.visual_tokens:,} stay, {found.share:.1%}"
-    rows = [
-        ("image", found.image),
-        ("visual tokens", share),
-        ("prompt", f"{found.prompt_tokens_after:,} of {found.prompt_tokens_before:,} tokens"),
-        ("cache", f"{human_size(found.cache_bytes_after)} of {human_size(found.cache_bytes_before)}"),
-        ("what stays", ", ".join(map(str, found.kept))),
-        *found.said.items(),
-        *(("note", note) for note in found.notes),
-    ]
-    return [Table([*rows, ("picture", str(picture))] if picture is not None else rows)]
+def _numbers(given: str | None) -> list[int] | None:
+    """The numbers of tiles in a list with commas; none of them where it is empty."""
+    if given is None:
+        return None
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    wrong = [part for part in parts if not (part.isascii() and part.isdecimal())]
+    if wrong:
+        raise UsageError(
+            f"--masked-tiles has {wrong[0]!r}", cause="tiles have whole numbers, row by row from 0",
+            remedy="give numbers with commas between: --masked-tiles 0,5,9",
+        )  # fmt: skip
+    return [int(part) for part in parts]
+
+
+def _stays(found: PruningReport) -> Iterator[tuple[str, str]]:
+    yield "visual tokens", f"{found.kept_tokens:,} of {found.visual_tokens:,} stay, {found.share:.1%}"
+    yield "prompt", f"{found.prompt_tokens_after:,} of {found.prompt_tokens_before:,} tokens"
+    yield "cache", f"{human_size(found.cache_bytes_after)} of {human_size(found.cache_bytes_before)}"
+    yield "what stays", ", ".join(map(str, found.kept))
+
+
+def _masks(found: DefenseReport) -> Iterator[tuple[str, str]]:
+    yield "masked tiles", f"{', '.join(map(str, found.masked)) or 'none'} of {found.tiles}"
+    for row in range(0, found.tiles, found.side) if found.scores is not None else ():
+        scores = (found.scores or ())[row : row + found.side]
+        yield f"scores {row} to {row + found.side - 1}", "  ".join(f"{score:.4g}" for score in scores)
+    if found.kept is not None:
+        stay = len(found.kept)
+        yield "visual tokens", f"{stay:,} of {found.visual_tokens:,} stay, {stay / found.visual_tokens:.1%}"
+        yield "what stays", ", ".join(map(str, found.kept))
+    yield "prompt", f"{found.prompt_tokens_read:,} tokens are read, {found.prompt_tokens:,} were put"
+    if found.tag_found is not None:
+        yield "answer was marked", "yes" if found.tag_found else "no: on_missing decided"
 
 
 def _human(found: Inspection) -> Human:

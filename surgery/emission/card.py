@@ -19,10 +19,11 @@ import yaml
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
 from surgery.emission.checkpoint import result_code, result_config
-from surgery.emission.figures import figures, variants_text
+from surgery.emission.figures import figures, sample_rows, variants_text
 from surgery.emission.licence import base_licence
 from surgery.emission.lock import LOCK, portable_source
 from surgery.emission.markdown import code, fenced, table, text, value
+from surgery.emission.pictures import PLACE
 from surgery.emission.side_files import repairs
 from surgery.planning import Draft, Plan
 from surgery.version import __version__
@@ -58,6 +59,7 @@ def card_bytes(
     sections = {
         "What was done": operations_text(plan, draft, manifest.steps),
         "Figures": figures(base, draft, manifest, outputs, verification),
+        **({"What it sees": seen} if (seen := sample_text(verification)) else {}),
         **({"Variants": variants_text(compared, name)} if compared else {}),
         "Loading": loading(draft, outputs, manifest.steps),
         **({"Using it": used} if (used := usage(manifest.steps)) else {}),
@@ -68,20 +70,26 @@ def card_bytes(
         "Making it again": reproducing(manifest),
         "Licence": licence_text(base, licence),
     }
-    parts = [front_matter(base, manifest.steps, licence), title(base, manifest.steps)]
+    parts = [front_matter(base, manifest.steps, licence, images=sees(draft)), title(base, manifest.steps)]
     parts += [f"## {heading}\n\n{content}" for heading, content in sections.items()]
     return ("\n\n".join(part.strip("\n") for part in parts) + "\n").encode()
 
 
-def front_matter(base: Checkpoint, steps: Sequence[Step], licence: str | None) -> str:
-    """The YAML that the Hub reads."""
+def sees(draft: Draft) -> bool:
+    """Whether the model takes images beside text."""
+    return draft.model.architecture.vision is not None
+
+
+def front_matter(base: Checkpoint, steps: Sequence[Step], licence: str | None, *, images: bool) -> str:
+    """The YAML that the Hub reads; `images` is whether the model takes some."""
     data: dict[str, Any] = {"license": licence} if licence else {}
     if hub_id(base):
         # The Hub knows finetune, quantized, adapter and merge; a model with changed weights is the first of these.
         relation = "quantized" if quantizes(steps) else "finetune"
         data |= {"base_model": hub_id(base), "base_model_relation": relation}
     tags = dict.fromkeys(["surgery", *(step.operation.name for step in steps)])
-    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+    task = "image-text-to-text" if images else "text-generation"
+    data |= {"library_name": "transformers", "pipeline_tag": task, "tags": list(tags)}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, default_flow_style=None)}---"
 
 
@@ -127,10 +135,12 @@ def loading(draft: Draft, outputs: Mapping[str, Finished], steps: Sequence[Step]
     """How to load the published model, pinned to a commit, what that needs, and what code it runs."""
     files = _code_files(outputs)
     pinned = f'"OWNER/NAME", revision="<40-hex commit>"{", trust_remote_code=True" if files else ""}'
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines.append(f"model = AutoModelForCausalLM.from_pretrained({pinned})")
+    auto, reader, name = ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer")
+    if sees(draft):
+        auto, reader, name = ("AutoModelForImageTextToText", "AutoProcessor", "processor")
+    lines = [f"from transformers import {auto}, {reader}", "", f"model = {auto}.from_pretrained({pinned})"]
     if any(name in outputs for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({pinned})")
+        lines.append(f"{name} = {reader}.from_pretrained({pinned})")
     after = "`OWNER/NAME` and the commit are those of the repository you read this in; of a folder give only the path."
     return f"{_installing(steps)}{fenced(chr(10).join(lines), 'python')}\n\n{after}\n{code_table(draft, outputs)}"
 
@@ -192,6 +202,25 @@ def tested_versions(model_type: str) -> list[str]:
         return []
     found = json.loads(TESTED.read_text(encoding="utf-8"))
     return list(found["families"].get(model_type, []) if found.get("families") else found.get("versions", []))
+
+
+def sample_text(verification: Verification | None) -> str:
+    """A sample image as the result sees it, or why there is none; empty where it was shown none."""
+    checks = verification.checks if verification is not None else ()
+    check = next((check for check in checks if check.name == "visual_sample"), None)
+    if check is None or verification is None:
+        return ""
+    if verification.sample is None:
+        return f"There is no picture: {text(check.detail)}."
+    sample = verification.sample
+    lines = []
+    if sample["kept"] is not None:
+        lines.append("tokens that leave the prompt are dark")
+    if sample["side"] is not None:
+        lines.append("tiles that are masked are black")
+    how = f"A sample image that surgery drew, as the vision tower sees it: {' and '.join(lines)}."
+    picture = f"![The sample image, with what is kept and what is masked]({PLACE})"
+    return "\n".join([how, "", picture, "", *table(("", ""), sample_rows(sample))])
 
 
 def quantized_cache(verification: Verification | None) -> str:

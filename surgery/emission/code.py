@@ -111,6 +111,14 @@ CAPABILITIES = (
 # Before it, models that see images were built otherwise.
 NEEDED = "    import transformers.masking_utils  # noqa: F401  (first in 4.53)\n"
 
+# Where the config of a language model inside has settings too, both have all: 4.57 reads some outer fields from there,
+# and flat files have no place for them.
+SETTINGS = "        self.surgery = {} if surgery is None else surgery"
+SHARED_SETTINGS = """
+        inner = self.get_text_config()
+        self.surgery = inner.surgery = {**getattr(inner, "surgery", {}), **(surgery or {})}
+""".strip("\n")
+
 # transformers 5 looks for a decorator in the file of the class, which is another one here.
 EXPERTS = """
     @classmethod
@@ -151,6 +159,7 @@ def emit_code(family: Family, parts: Sequence[RuntimePart], version: str) -> dic
         "modeling_module": family.modeling_module,
         "configuration_module": family.configuration_module,
         "needed": NEEDED if family.language_model else "",
+        "settings": SHARED_SETTINGS if family.language_model else SETTINGS,
         "configuration_file": family.configuration_file,
         "native_config": family.config_class,
         "native_model": family.model_class,
@@ -269,7 +278,7 @@ def _bases(parts: Sequence[RuntimePart], attribute: str) -> str:
 def _swaps(family: Family, parts: Sequence[RuntimePart]) -> Iterator[str]:
     """Statements that put modules in: into the model, or into the language model that is a part of it."""
     inner = f"self.{family.language_model}" if family.language_model else "self"
-    config = "config.get_text_config()" if family.language_model else "config"
+    config = f"{inner}.config" if family.language_model else "config"  # in 4.53 a copy of config.get_text_config()
     in_layers = [part for part in parts if part.of == "layer"]
     if in_layers:
         yield f"        for index, layer in enumerate({inner}.layers):"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint.journal import Finished
 from surgery.checkpoint.reader import Checkpoint
@@ -121,7 +121,7 @@ def figures(
 def bytes_rows(base: Checkpoint, draft: Draft, outputs: Mapping[str, Finished]) -> Iterator[tuple[str, ...]]:
     """Parameters, bytes on disk and cache bytes per token."""
     family = draft.architecture
-    text_config = base.config[family.text_config] if family and family.text_config else base.config
+    text_config = base.config.get(family.text_config, base.config) if family and family.text_config else base.config
     dtypes = storage_dtype(base), str(draft.config.get("torch_dtype") or draft.config.get("dtype") or "float32")
     before, after = count_parameters(open_draft(base)), count_parameters(draft)
     yield "parameters", *_compared(base.parameter_count, after.all, ",")
@@ -145,6 +145,21 @@ def quality_rows(found: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
         yield "KL(full cache, coded cache), nats per token", "0", f"{found['kl_codebook_cache']:.5f}", ""
     if "agreement" in found:
         yield "share of tokens with the same first choice", "1", f"{found['agreement']:.4f}", ""
+
+
+def sample_rows(sample: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What became of a sample image, in words; all texts are the model's, or anybody's."""
+    yield "question", code(sample["question"])
+    if sample["kept"] is not None:
+        yield "visual tokens", f"{len(sample['kept']):,} of {sample['visual_tokens']:,} kept"
+        drawn = sample["rows"] * sample["columns"]
+        if sample["first"] + drawn < sample["visual_tokens"]:
+            yield "in the picture", f"the {drawn:,} of the whole image; the others see closer"
+    if sample["side"] is not None:
+        numbers = ", ".join(map(str, sample["masked"] or ())) or "none"
+        yield "tiles", f"of {sample['side'] ** 2}, numbered row by row from 0, black: {numbers}"
+    yield "answer to the whole image", code(sample["answer_whole"])
+    yield "answer of this", code(sample["answer"])
 
 
 def _compared(before: float | None, after: float | None, form: str) -> tuple[str, str, str]:

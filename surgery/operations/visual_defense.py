@@ -14,17 +14,20 @@ from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from surgery.architectures import Model
 from surgery.checkpoint.reader import contained, read_json
 from surgery.emission.code import RuntimePart
 from surgery.errors import UnsupportedModel
+from surgery.given import GivenFile
 from surgery.operations.base import Operation, Settings, Statistics
+from surgery.operations.clip_text import ClipText, read_clip
 from surgery.operations.visual_pruning import token_ids
 from surgery.planning import Draft
 
 REPORTED = 16, 3  # tiles and masked ones
+CLIP = "defense_clip."  # before the names of its tensors
 ANALYSIS, FINAL, LABEL = "INTENTION ANALYSIS", "FINAL RESPONSE", "REQUEST:"
 REFUSAL = "I cannot help with that."
 IMAGES, NOTICE = (
@@ -84,10 +87,16 @@ class VisualDefenseSettings(Settings):
     masked_patches: Annotated[int, Field(ge=0)] = Field(
         default=3, description="tiles painted black, those that matter least to the request; 0 for none (K)"
     )
-    scorer: Literal["own", "scorer", "given"] = Field(
-        default="own",
-        description="what judges tiles: the model's own embeddings (weak), the trained scorer of `visual_pruning` in "
-        "the same manifest, or the caller of `generate` by `masked_tiles`",
+    scorer: Literal["attention", "clip", "own", "scorer", "given"] = Field(
+        default="attention",
+        description="what judges tiles: the attention that the request pays to them, the CLIP that the vision tower is "
+        "of, the model's own embeddings (weak), the trained scorer of `visual_pruning` in the same manifest, or the "
+        "caller of `generate` by `masked_tiles`",
+    )
+    clip: GivenFile | None = Field(
+        default=None,
+        description="with `scorer: clip`, the folder of the CLIP model whose tower the base has (safetensors), "
+        "relative to the manifest; its text tower comes into the result",
     )
     intention_analysis: bool = Field(
         default=True, description="the model states the intention in a sentence first, which is cut from the answer"
@@ -101,19 +110,14 @@ class VisualDefenseSettings(Settings):
         "of the analysis, or a refusal",
     )
 
-    @field_validator("scorer", mode="before")
-    @classmethod
-    def _built(cls, value: Any) -> Any:
-        if value == "clip":
-            raise ValueError("clip is not built: take own, scorer or given")
-        return value
-
     @model_validator(mode="after")
     def _fit(self) -> VisualDefenseSettings:
         if isqrt(self.tiles) ** 2 != self.tiles:
             raise ValueError(f"tiles is {self.tiles}, and must be a square number such as 9, 16 or 25")
         if self.masked_patches >= self.tiles:
             raise ValueError(f"masked_patches is {self.masked_patches}, and must be less than tiles, {self.tiles}")
+        if (self.scorer == "clip") != (self.clip is not None):
+            raise ValueError("scorer: clip and clip: FOLDER, of a CLIP model, are given together or not at all")
         return self
 
 
@@ -139,8 +143,11 @@ def refuses(model: Model, settings: VisualDefenseSettings) -> str | None:
     tower = model.root.get("vision_config") or {}
     if tower.get("model_type") == "pixtral":
         return "its tower takes images of any size in one padded tensor, on which no grid was built"
-    if settings.scorer == "scorer" and not (surgery.get("visual_pruning") or {}).get("scorer"):
-        return "scorer: scorer is the trained one of visual_pruning: put visual_pruning with train before it"
+    if settings.scorer == "clip" and tower.get("model_type") != "clip_vision_model":
+        return f"scorer: clip needs CLIP's tower, and its is {tower.get('model_type')}: take scorer: attention"
+    pruning = surgery.get("visual_pruning") or {}
+    if settings.scorer == "scorer" and (not pruning.get("scorer") or pruning.get("stages")):
+        return "scorer: scorer is the one of visual_pruning: put visual_pruning with train before it, without stages"
     return None
 
 
@@ -152,9 +159,10 @@ def edit(draft: Draft, settings: VisualDefenseSettings, _statistics: Statistics 
     tokens = token_ids(draft.model)
     timed = draft.model.architecture.model_type in TIMED
     turn = _turn(tokenizer, template, tokens[0]) | {"between": _pieces(tokenizer, TIMES) if timed else []}
+    clip = _clip(draft, settings)
     draft.root.setdefault("surgery", {})["visual_defense"] = {
-        **settings.model_dump(mode="json"), "side": isqrt(settings.tiles), "token_ids": tokens,
-        "black": _black(draft.folder), "turn": turn, "label": label(settings),
+        **settings.model_dump(mode="json"), "clip": clip.size if clip else None, "side": isqrt(settings.tiles),
+        "token_ids": tokens, "black": _black(draft.folder), "turn": turn, "label": label(settings),
         "templates": {name: {"text": text, "ids": _encode(tokenizer, text)} for name, text in TEMPLATES.items()},
         "final_tag": f"[{FINAL}]", **_answers(tokenizer, settings),
     }  # fmt: skip
@@ -162,6 +170,18 @@ def edit(draft: Draft, settings: VisualDefenseSettings, _statistics: Statistics 
         RuntimePart("surgery_visual_defense.py", "VisualDefenseGeneration", "lm_head", of="base", what="a defence")
     )
     draft.notes.append(f"visual_defense: {label(settings)}; generate() is defended, forward() is not; weights stay")
+
+
+def _clip(draft: Draft, settings: VisualDefenseSettings) -> ClipText | None:
+    """Put what of CLIP is not in the base beside its tensors."""
+    if settings.clip is None or draft.folder is None or draft.architecture is None:
+        return None
+    found = read_clip(settings.clip, draft.folder, draft.architecture.vision)
+    for name, spec in found.specs.items():
+        reader = found.reader(name, CLIP + name)
+        draft.rewrite([], {CLIP + name: spec}, reader, why="visual_defense: of the tower's CLIP")
+    draft.notes.append(f"visual_defense: the text tower is that of {settings.clip.path.name} ({found.identity[:12]})")
+    return found
 
 
 def _black(folder: Path) -> dict[str, list[float]]:
@@ -328,7 +348,10 @@ OPERATION = Operation(
     usage=USAGE,
     limits=(
         "Only generate() is defended: forward() alone, and servers that call it, run the base.",
-        "No rate of attacks that it stops was measured for this result, and none of refusals of harmless requests.",
+        "How many attacks it stops, and harmless requests it refuses, was measured on toys, not on this result.",
+        "Masks alone restored a fifth of the answers that small perturbations broke, and next to none under a patch.",
+        "scorer: attention reads the prompt twice, and was measured on the built-in model alone.",
+        "scorer: clip sees each tile by itself, and its worth as a judge was not measured.",
         "scorer: own compares embeddings of the model itself; where it was measured it was no better than chance.",
         "Text in an image is relevant to most requests, so masking rarely hides it; the analysis must see through it.",
         "Stop strings, logits processors and minimal lengths see the analysis as well as the answer.",

@@ -1,16 +1,17 @@
 """Visual tokens that a question does not need leave the prompt before the language model reads it.
 
 A small scorer, trained from what the model itself attends to, rides in the checkpoint; without training data a rule of
-relevance and diversity chooses. The base's weights stay. Source: CoViPAL (arXiv 2508.17243) for a trained module at the
+salience and diversity chooses. The base's weights stay. Source: CoViPAL (arXiv 2508.17243) for a trained module at the
 entry, its two stages and the reserve ratio; what its text does not give (the module's inside, rounding, positions, the
-relaxation of the second stage, the rule) is ours.
+relaxation of the second stage, the rule) is ours. So is how tokens leave layer by layer, which its title names and what
+could be read of it does not explain.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from surgery.architectures import Model
 from surgery.checkpoint.expressions import TensorSpec
@@ -20,6 +21,16 @@ from surgery.operations.base import Operation, Settings, Statistics, Training, f
 from surgery.planning import Draft
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _numbered(value: Any) -> Any:
+    """Keys of YAML and JSON are words."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: share for key, share in value.items()}
+
+
+Stages = Annotated[dict[Annotated[int, Field(ge=0)], Share], BeforeValidator(_numbered)]
 PREFIX = "model.visual_scorer"
 USAGE = """\
 Calls and `generate` are those of the base, with the same processor. A call may keep more or fewer visual tokens:
@@ -28,6 +39,8 @@ Calls and `generate` are those of the base, with the same processor. A call may 
 model.generate(**inputs, visual_reserve=0.5)  # half of every image's tokens
 model.generate(**inputs, visual_reserve=1.0)  # all of them: the base model exactly
 ```
+
+Where tokens leave layer by layer (`stages`), shares other than the last one and 1.0 are refused.
 
 Tokens that stay keep their positions. Logits of a plain call are those of the columns that stay, which
 `output.kept_indices` names (-1 for padding); labels are taken at the same columns."""
@@ -82,10 +95,39 @@ class VisualPruningSettings(Settings):
     reserve: Share = Field(
         default=0.25, description="share of each image's tokens that stays, rounded up (paper: reserve ratio r)"
     )
+    stages: Stages | None = Field(
+        default=None, description="layer by layer, in place of `reserve`: {layer: share that is left from it on}"
+    )
     min_keep: Annotated[int, Field(ge=1)] = Field(default=1, description="tokens of an image that stay at least")
     train: Train | None = Field(
-        default=None, description="trains the scorer; without it relevance and diversity decide, untrained"
+        default=None, description="trains the scorer; without it salience and diversity decide, untrained"
     )
+
+    @field_validator("stages")
+    @classmethod
+    def _falls(cls, stages: dict[int, float] | None) -> dict[int, float] | None:
+        if stages is None:
+            return None
+        layers, shares = list(stages), list(stages.values())
+        if not layers:
+            raise ValueError("stages has no layer: give {layer: share}, or reserve alone")
+        if layers != sorted(layers):
+            raise ValueError("layers must ascend, as tokens pass them")
+        if shares != sorted(shares, reverse=True):
+            raise ValueError("shares must not rise: what left does not come back")
+        return stages
+
+    @model_validator(mode="before")
+    @classmethod
+    def _last(cls, given: Any) -> Any:
+        """With stages `reserve` is what they leave in the end."""
+        stages = given.get("stages") if isinstance(given, dict) else None
+        if not isinstance(stages, dict) or not stages:
+            return given
+        left = list(stages.values())[-1]
+        if given.get("reserve", left) != left:
+            raise ValueError(f"reserve is {given['reserve']}, and stages leave {left}: give one of the two")
+        return {**given, "reserve": left}
 
 
 def refuses(model: Model, settings: VisualPruningSettings) -> str | None:
@@ -99,6 +141,19 @@ def refuses(model: Model, settings: VisualPruningSettings) -> str | None:
     guide = settings.train.guide_layer if settings.train else None
     if guide is not None and guide >= model.num_hidden_layers:
         return f"guide_layer is {guide}, and its last layer is {model.num_hidden_layers - 1}"
+    return _misplaced(model, settings.stages) if settings.stages else None
+
+
+def _misplaced(model: Model, stages: dict[int, float]) -> str | None:
+    """Why tokens cannot leave before these layers, or None."""
+    if max(stages) >= model.num_hidden_layers:
+        return f"stages has layer {max(stages)}, and its last layer is {model.num_hidden_layers - 1}"
+    if "codebook_cache" in (model.config.get("surgery") or {}):
+        return "stages: a codebook cache wants the same tokens in every layer, so give reserve alone, or no codebook_kv"
+    added = len((model.root.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+    early = [layer for layer in stages if 0 < layer < added]
+    if early:
+        return f"stages: {added} layers add features to all visual tokens, so layer {early[0]} must be 0, or {added} on"
     return None
 
 
@@ -113,22 +168,37 @@ def token_ids(model: Model) -> list[int]:
 def edit(draft: Draft, settings: VisualPruningSettings, statistics: Statistics | None) -> None:
     """Put the settings into the config, the code beside the weights, and the trained scorer among them."""
     scorer = settings.train.scorer.model_dump() if settings.train else None
+    stages = {str(layer): share for layer, share in settings.stages.items()} if settings.stages else None
     draft.root.setdefault("surgery", {})["visual_pruning"] = {
         "reserve": settings.reserve, "min_keep": settings.min_keep, "token_ids": token_ids(draft.model),
-        "scorer": scorer,
+        "scorer": scorer, **({"stages": stages} if stages else {}),
     }  # fmt: skip
     part = RuntimePart("surgery_visual_pruning.py", "VisualPruning", "model", of="base", what="visual tokens")
     draft.parts.append(part)
     vision = draft.model.architecture.vision
     if settings.train is not None and vision is not None:
-        prefix = f"{vision.stored(PREFIX)}."
-        for name, shape in scorer_shapes(draft.model.hidden_size, settings.train.scorer).items():
+        prefix, shapes = f"{vision.stored(PREFIX)}.", scorer_shapes(draft.model.hidden_size, settings.train.scorer)
+        layers = [f"{layer}." for layer in settings.stages or ()] or [""]
+        for name, shape in ((layer + name, shape) for layer in layers for name, shape in shapes.items()):
             trained = from_training(prefix + name, statistics, key=name)
             draft.rewrite([], {prefix + name: TensorSpec("F32", shape)}, trained, why="visual_pruning: scorer")
-    by = "a trained scorer chooses" if scorer else "relevance and diversity choose, untrained"
-    draft.notes.append(f"visual_pruning: {settings.reserve:g} of an image's tokens stay, {by}; the base's weights stay")
+    by = "a trained scorer chooses" if scorer else "salience and diversity choose, untrained"
+    left = f"{settings.reserve:g} of an image's tokens stay"
+    if settings.stages:
+        shares = (f"{share:g} from layer {layer} on" for layer, share in settings.stages.items())
+        share = cached(draft.model, settings.stages)
+        left = f"of an image's tokens {', '.join(shares)} stay, {share:.3g} of their cache"
+    draft.notes.append(f"visual_pruning: {left}, {by}; the base's weights stay")
     if statistics is not None:
         draft.notes.extend(statistics.facts.get("notes", ()))
+
+
+def cached(model: Model, stages: dict[int, float]) -> float:
+    """The share of an image's tokens that layers hold, a mean over them."""
+    shares = [1.0] * model.num_hidden_layers
+    for layer, share in stages.items():
+        shares[layer:] = [share] * (len(shares) - layer)
+    return sum(shares) / len(shares)
 
 
 def scorer_shapes(hidden: int, size: Scorer) -> dict[str, tuple[int, ...]]:

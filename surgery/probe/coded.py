@@ -67,7 +67,7 @@ def _read(subject: Subject, tokens: Tensor, start: int, settings: dict[str, Any]
     cache = subject.model.surgery_cache(**settings)
     subject.model(input_ids=tokens[:, :start], past_key_values=cache, use_cache=True)
     report = dict(subject.model.surgery_cache_report(cache))
-    held = [cache.tokens, *(tensor for layer in cache.stored.values() for tensor in tensors_of(layer))]
+    held = [cache.tokens, cache.grid, *(tensor for layer in cache.stored.values() for tensor in tensors_of(layer))]
     report["counted"] = sum({id(tensor): tensor.nbytes for tensor in held}.values())
     half = start + (tokens.shape[1] - start) // 2
     parts = [(start, half), (half, tokens.shape[1])]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from .outcome import Outcome, skipped, verdict
+from .sampled import loaded_processor, prompt
 from .subject import Subject, load_model, relative
 
 SIDE = 96  # pixels of the image that is shown
@@ -20,9 +20,10 @@ def visual_pruning(subject: Subject) -> Outcome:
     settings = (getattr(subject.model.config, "surgery", None) or {}).get("visual_pruning")
     if settings is None:
         return skipped("it prunes no visual tokens")
-    inputs = _inputs(subject)
-    if inputs is None:
-        return skipped("the folder has no processor with a chat template, which shows images to the model")
+    processor, why = loaded_processor(subject)
+    if processor is None:
+        return skipped(why)
+    inputs = _inputs(subject, processor)
     whole = subject.model(**inputs, visual_reserve=1.0, use_cache=False).logits
     problems = []
     base = subject.job.get("against")
@@ -37,7 +38,8 @@ def visual_pruning(subject: Subject) -> Outcome:
     subject.measurements["visual_tokens"], subject.measurements["visual_tokens_kept"] = shown, shown - (length - kept)
     if settings["reserve"] < 1 and not kept < length:
         problems.append(f"none of {shown} visual tokens left the prompt")
-    if output.past_key_values.get_seq_length() != kept or not output.logits.isfinite().all():
+    last = subject.model.config.get_text_config().num_hidden_layers - 1  # layers before it may hold more
+    if output.past_key_values.get_seq_length(last) != kept or not output.logits.isfinite().all():
         problems.append("the cache does not hold what the logits are of, or these are not finite")
     tokens = subject.model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
     if tokens.shape[1] <= length:
@@ -45,18 +47,9 @@ def visual_pruning(subject: Subject) -> Outcome:
     return verdict(problems, f"{shown - (length - kept)} of {shown} visual tokens stay")
 
 
-def _inputs(subject: Subject) -> dict[str, Any] | None:
+def _inputs(subject: Subject, processor: Any) -> dict[str, Any]:
     """A prompt with an image of noise, by the checkpoint's own processor."""
     from PIL import Image
 
-    if not (subject.folder / "preprocessor_config.json").is_file():
-        return None
-    trust = bool(subject.job.get("trust_remote_code"))
-    processor = transformers.AutoProcessor.from_pretrained(subject.folder, trust_remote_code=trust)
-    if not getattr(processor, "chat_template", None) or getattr(processor, "image_processor", None) is None:
-        return None
     pixels = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    text = processor.apply_chat_template(turn, add_generation_prompt=True)
-    made = processor(images=[Image.fromarray(pixels.numpy())], text=[text], return_tensors="pt")
-    return {name: value.to(subject.device) for name, value in made.items()}
+    return prompt(processor, Image.fromarray(pixels.numpy()), QUESTION, subject.device)

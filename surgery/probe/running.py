@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import attention, cached, coded, decoding, dequantized, loading, pictured, quality
+from . import attention, cached, coded, decoding, dequantized, loading, pictured, quality, sampled
 from .noise import Noise
 from .outcome import Outcome, failed, skipped, verdict
 from .subject import Subject
@@ -39,6 +39,7 @@ CHECKS: dict[str, Check] = {
         attention.cache_bytes,
         coded.codebook_cache,
         pictured.visual_pruning,
+        sampled.visual_sample,
         attention.eager_equals_sdpa,
         attention.output_attentions,
         loading.save_reload,
@@ -60,6 +61,8 @@ def run(job_file: Path, result_file: Path) -> None:
     unknown = sorted(wanted - set(NAMES))
     if unknown:
         raise ValueError(f"no such check: {', '.join(unknown)}")
+    if not job.get("sample"):
+        wanted.discard(sampled.visual_sample.__name__)
     transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()
     noise = Noise()
@@ -75,6 +78,7 @@ def run(job_file: Path, result_file: Path) -> None:
         "checks": [{"name": name} | asdict(outcome) for name, outcome in outcomes.items()],
         # JSON knows no nan: a measurement that is none is left out, and the check that made it says so.
         "measurements": {name: value for name, value in subject.measurements.items() if math.isfinite(value)},
+        "sample": subject.sample,
     }
     partial = result_file.with_name(result_file.name + ".partial")
     partial.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")

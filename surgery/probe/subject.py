@@ -36,6 +36,7 @@ class Subject:
         self.tokenizer: Any = None
         self.prompts: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self.measurements: dict[str, float | int] = {}
+        self.sample: dict[str, Any] | None = None
         self._variant: tuple[str, Any] = ("", None)
 
     def load(self) -> None:

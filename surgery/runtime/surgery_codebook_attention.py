@@ -16,6 +16,7 @@ from .surgery_codebook_cache import CodebookCache
 from .surgery_compatibility import (
     attention_returns_cache,
     columns_of,
+    merged,
     normalize,
     padded_for_flash,
     rotate,
@@ -60,7 +61,10 @@ class CodebookAttention:
         past_key_value: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """hidden_states [B, T, D], position_embeddings (cos, sin) [B, T, table] -> ([B, T, D], weights or None)."""
+        """hidden_states [B, T, D], position_embeddings (cos, sin) [B, T, table] -> ([B, T, D], weights or None).
+
+        Under M-RoPE the tables may be [3, B, T, table].
+        """
         cache = past_key_values if past_key_values is not None else past_key_value
         if not isinstance(cache, CodebookCache):
             if cache is not None:
@@ -75,7 +79,7 @@ class CodebookAttention:
 
         query, key, value = _states(self, hidden_states)
         columns = self.rotary_columns(position_embeddings[0]) if hasattr(self, "rotary_columns") else None
-        cos, sin = columns_of(*position_embeddings, columns)
+        cos, sin = columns_of(*merged(*position_embeddings, self.config), columns)
         layer, position = cache.stored[self.layer_idx], cache.now.position.to(key.device)
         layer.append(key, value, position)
         groups = self.num_key_value_groups if cos.shape[1] > 1 else 1

@@ -12,8 +12,10 @@ from transformers import cache_utils
 from transformers.cache_utils import DynamicCache
 
 from .surgery_codebook_layer import Head, StoredLayer, Turning
+from .surgery_codebook_rows import small_int
 from .surgery_codebook_settings import CacheSettings
 from .surgery_codebook_solver import Past, paper, size_of, solved, whole
+from .surgery_compatibility import mrope_sections
 
 NEVER = 2**31 - 1  # where padding stands: no query is as late
 UNLIMITED = -1 if hasattr(cache_utils, "DynamicLayer") else None  # as the installed release spells it
@@ -22,7 +24,10 @@ PROBES = 32  # queries from all over a prompt, beside its window's, that judge h
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the model: the places [B, T] of its tokens (-1 for padding), and rotation at any place."""
+    """One call of the model: the places [B, T] of its tokens (-1 for padding), and rotation at any place.
+
+    Places order tokens. They are the positions, or, where a token has three of these (M-RoPE), columns.
+    """
 
     position: Tensor
     table: Callable[[], tuple[Tensor, Tensor]]
@@ -51,6 +56,8 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         self.step: Step | None = None
         self.past_ids: Tensor | None = None
         self.tokens = torch.zeros(0, dtype=torch.long)  # of each sequence, without padding
+        # Under M-RoPE the three positions [3, B, S] of all that was seen, once for all layers.
+        self.grid = torch.zeros(3 if mrope_sections(config) else 0, 0, 0, dtype=torch.int16)
 
     # What a call goes through, from the model's `forward` and from each layer's attention.
 
@@ -71,8 +78,11 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
             raise ValueError(
                 "a codebook cache needs the attention mask as [batch, tokens]; with another mask use surgery_cache=None"
             )
-        if position is None:
-            position = torch.arange(seen, seen + count, device=like.device)[None]
+        columns = torch.arange(seen, seen + count, device=like.device)[None]
+        position = columns if position is None else position
+        if len(self.grid):
+            self._remember(position, batch)
+            position = columns
         self.places = max(self.places, int(position.max()) + 1)
         position = position.expand(batch, -1)
         if mask is not None:
@@ -87,12 +97,19 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
 
         def table() -> tuple[Tensor, Tensor]:
             if not made:  # the places of all calls so far, once for all layers, and gone when the call is over
-                every = torch.arange(self.places, device=like.device)[None]
+                parts = len(self.grid)
+                every = self.grid.long() if parts else torch.arange(self.places, device=like.device)[None]
                 cos, sin = rotary(like[..., :1, :], every)
-                made.append((cos[0], sin[0]))
+                made.append((cos, sin) if parts else (cos[0], sin[0]))
             return made[0]
 
         self.step = Step(position, table)
+
+    def _remember(self, position: Tensor, batch: int) -> None:
+        """Three positions of new tokens: those given [3, B, T], behind a row that counts columns, or one for all."""
+        rows = position[-3:] if position.ndim == 3 else position[None]
+        new = small_int(rows.expand(3, batch, -1))
+        self.grid = torch.cat([self.grid, new], -1) if self.grid.shape[1] else new
 
     def complete(self, layer_idx: int) -> bool:
         """Whether a layer holds every token as it was."""
@@ -157,7 +174,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
             past = Past(
                 layer.key[row], turned[row], layer.value[row], torch.where(position >= 0, position, NEVER), context,
                 raw, query[row][:, judges], asked[row, judges], min(settings.window, len(judges)), scaling,
-                self.turning(columns, query.device), None if ids is None else ids.to(query.device),
+                self.turning(columns, query.device).of(row), None if ids is None else ids.to(query.device),
             )  # fmt: skip
             coded.append(self._heads(past, layer_idx, row, len(real), is_answer))
             raws.append(raw)
@@ -182,6 +199,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         left = len(self.stored) - list(self.stored).index(layer_idx)
         given = self.spare.get(row, 0.0) / left
         budget = settings.reserve_ratio * tokens * row_bytes - len(past.raw) * (row_bytes + 4) + given
+        budget -= len(self.grid) * self.grid.element_size() * tokens / len(self.stored)
         finite = bool(torch.isfinite(past.key).all() & torch.isfinite(past.value).all())
         if not finite or tokens < settings.min_prompt:  # the latter beside a longer sequence; alone it would stay raw
             return whole(past, replace(settings, theta_k=1.0, theta_v=1.0, bits=16), NEVER)
@@ -256,6 +274,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         for layer in self.stored.values():
             layer.select(rows)
         self.tokens = self.tokens[rows.to(self.tokens.device)]
+        self.grid = self.grid[:, rows.to(self.grid.device)] if len(self.grid) else self.grid
         if self.past_ids is not None:
             self.past_ids = self.past_ids[rows.to(self.past_ids.device)]
 
@@ -269,6 +288,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         if stock:
             super().crop(max_length)
         self.tokens = self.tokens - count
+        self.grid = self.grid[..., : self.grid.shape[-1] - count].clone()
         if count and self.past_ids is not None:
             self.past_ids = self.past_ids[:, :-count]
 
@@ -284,7 +304,7 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
         for index, layer in self.stored.items():
             self.stored[index] = StoredLayer(layer.residual, layer.greedy)
         self.spare, self.places, self.step, self.past_ids = {}, 0, None, None
-        self.tokens = self.tokens[:0]
+        self.tokens, self.grid = self.tokens[:0], self.grid[:, :0, :0]
 
     def __len__(self) -> int:
         stock: int = super().__len__()
@@ -306,5 +326,5 @@ class CodebookCache(DynamicCache):  # type: ignore[misc]
                 "seen_tokens": tokens * groups, **kinds,
             })  # fmt: skip
         total, stock = (sum(layer[name] for layer in layers) for name in ("bytes", "stock_bytes"))
-        total += self.tokens.nbytes
+        total += self.tokens.nbytes + self.grid.nbytes
         return {"bytes": total, "stock_bytes": stock, "ratio": total / stock if stock else 1.0, "layers": layers}

@@ -76,6 +76,7 @@ def visible(mask: Tensor, count: int) -> Tensor:
 class Turning:
     """Rotary embedding at any place: cos and sin [S, width] by place, and the columns of them that a head uses.
 
+    Where each sequence has its own they are [B, S, width], and `of` gives those of one.
     `columns` is None where every head uses all, [w] where all use the same, [G, w] where each has its own. The second
     half of a table repeats the first, as channels j and j + n are a pair.
     """
@@ -88,7 +89,12 @@ class Turning:
     def heads(self, states: Tensor, position: Tensor) -> Tensor:
         """Rotate [B, G, N, d] at position [B, N]."""
         place = position.clamp(min=0).long()
-        return rotate(states, *columns_of(self.cos[place], self.sin[place], self.columns))
+        at = (place,) if self.cos.ndim == 2 else (torch.arange(len(place), device=place.device)[:, None], place)
+        return rotate(states, *columns_of(self.cos[at], self.sin[at], self.columns))
+
+    def of(self, row: int) -> "Turning":
+        """Rotary embedding of one sequence."""
+        return self if self.cos.ndim == 2 else Turning(self.cos[row], self.sin[row], self.columns)
 
     def logits(self, query: Tensor, head: Head, index: int) -> Tensor:
         """Rotated queries [M, d] times the keys of head number `index`, rotated at their places: [M, N]."""
@@ -217,8 +223,9 @@ class StoredLayer:
         hidden = hidden[:, None, None].expand(-1, groups, share, -1, -1).flatten(2, 3)
         recent = recent.masked_fill(hidden, torch.finfo(recent.dtype).min)  # finite: a padding query sees only these
         each = [
-            self._one(head, grouped[row, index], recent[row, index], (row, index), turning, scaling, asked)
+            self._one(head, grouped[row, index], recent[row, index], (row, index), own, scaling, asked)
             for row, heads in enumerate(self.heads or [])
+            for own in [turning.of(row)]
             for index, head in enumerate(heads)
         ]
         return torch.stack(each).view(batch, count, asked, -1).transpose(1, 2)

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from .surgery_codebook_attention import CodebookAttention
 from .surgery_codebook_cache import CodebookCache, stock_options
 from .surgery_codebook_settings import CacheSettings
+from .surgery_compatibility import merged
 
 UNSAID: Any = object()
 # What makes generate() guess ahead, and how many guesses it may then have to take back.
@@ -39,7 +40,7 @@ class CodebookModel:
             if given is None:
                 raise ValueError("give either input_ids or inputs_embeds")
             like = self.embed_tokens.weight[:1][None]
-            past_key_values.begin(input_ids, position_ids, attention_mask, given, self.rotary_emb, like)
+            past_key_values.begin(input_ids, position_ids, attention_mask, given, self._rotation, like)
         output = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -52,6 +53,11 @@ class CodebookModel:
         if isinstance(past_key_values, CodebookCache):
             past_key_values.end()
         return output
+
+    def _rotation(self: Any, like: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables [B, T, table] in the type and on the device of `like`."""
+        cos, sin = self.rotary_emb(like, position)
+        return merged(cos, sin, self.config)
 
 
 def codebook_model(_config: Any, replaced: Any) -> Any:

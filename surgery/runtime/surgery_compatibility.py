@@ -113,6 +113,28 @@ def sliding_window(config: Any, layer_idx: int, native_attention: Any) -> int | 
     return window if in_use else None
 
 
+def mrope_sections(config: Any) -> list[int] | None:
+    """Rotary pairs that turn by time, by height and by width, where tokens have these three positions (M-RoPE)."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    sections: list[int] | None = rope.get("mrope_section")
+    return sections
+
+
+def merged(cos: Tensor, sin: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Tables [3, B, T, table] of M-RoPE's three positions -> [B, T, table], each section by its own; one is as it is.
+
+    Until 5.15 the rotary modules of Qwen2-VL and Qwen2.5-VL leave this to attention.
+    """
+    sections = mrope_sections(config)
+    if cos.ndim == 3 or sections is None:
+        return cos, sin
+    cos, sin = (
+        torch.cat([section[number % 3] for number, section in enumerate(table.split(sections * 2, -1))], -1)
+        for table in (cos, sin)
+    )
+    return cos, sin
+
+
 def columns_of(cos: Tensor, sin: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """[B, T, table] -> [B, 1 or G, T, w]."""
     if columns is None:

@@ -28,6 +28,31 @@ class Request:
     end: int
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a batch: its tokens, their columns, and the requests in it."""
+
+    ids: list[int]
+    columns: list[int]
+    requests: list[Request]
+
+    def text(self, request: Request, visual: frozenset[int]) -> list[int]:
+        """The tokens of a request, without those that stand for images."""
+        return [token for token in self.ids[request.start : request.end] if token not in visual]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where an image or a clip stands: the row of its prompt, its first token there, and the request that judges it.
+
+    That is the one in whose turn it stands, so a mask stays as it is in later turns.
+    """
+
+    row: int
+    at: int
+    request: Request
+
+
 def find(ids: Ids, part: Ids, start: int = 0, stop: int | None = None) -> int:
     """The first place in `ids[start:stop]` at which `part` begins, or -1."""
     last = (len(ids) if stop is None else stop) - len(part)

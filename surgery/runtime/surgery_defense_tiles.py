@@ -25,7 +25,7 @@ class View:
     """An image, or a clip, as the tower gets it.
 
     `pixels` is its part of the input, which `at` names; `tiles` (broadcasts to `pixels`) has the tile of each value,
-    `frames` and `grid` are those of its visual tokens. `sizes` are the smallest height and width of it, in pixels.
+    and `sizes` are the smallest height and width of it, in pixels. It is the `number`-th of its kind.
     """
 
     kind: str
@@ -33,6 +33,7 @@ class View:
     pixels: Tensor
     tiles: Tensor
     sizes: tuple[int, int]
+    number: int
 
 
 def stripes(size: int, count: int) -> Tensor:
@@ -84,10 +85,10 @@ def _views(kind: str, inputs: dict[str, Any], config: Any, side: int) -> Iterato
     if pixels.ndim == 2 and grids is not None:
         tower, start = config.vision_config, 0
         patch, merge, area = tower.patch_size, tower.spatial_merge_size, tower.patch_size**2
-        for grid in grids.tolist():
+        for number, grid in enumerate(grids.tolist()):
             at = slice(start, start := start + grid[0] * grid[1] * grid[2])
             tiles = patch_map(grid, patch, merge, side).repeat(1, pixels.shape[1] // area)
-            yield View(kind, at, pixels[at], tiles.to(pixels.device), (grid[1] * patch, grid[2] * patch))
+            yield View(kind, at, pixels[at], tiles.to(pixels.device), (grid[1] * patch, grid[2] * patch), number)
         return
     crops = kind == "image" and hasattr(config, "image_grid_pinpoints")
     if pixels.ndim != (5 if crops or kind == "video" else 4) or (crops and inputs.get("image_sizes") is None):
@@ -101,7 +102,7 @@ def _views(kind: str, inputs: dict[str, Any], config: Any, side: int) -> Iterato
             tiles = crop_map((tall, wide), config.image_grid_pinpoints, part.shape[-1], side)[: len(part), None]
             rest = torch.full((len(part) - len(tiles), *tiles.shape[1:]), OUTSIDE)
             tiles = torch.cat([tiles, rest])
-        yield View(kind, number, part, tiles.to(pixels.device), (height, width))
+        yield View(kind, number, part, tiles.to(pixels.device), (height, width), number)
 
 
 def _alone(inputs: dict[str, Any], count: int) -> list[bool]:
@@ -153,19 +154,30 @@ def own_relevance(visual: Tensor, text: Tensor, mean: Tensor) -> Tensor:
     return (visual @ normalize(text, dim=-1).T).amax(-1)
 
 
-def visual_tokens(model: Any, view: View, inputs: dict[str, Any], number: int) -> Tensor:
+def token_grid(view: View, inputs: dict[str, Any], config: Any) -> tuple[int, int, int]:
+    """Frames, rows and columns of a view's tokens in the prompt; of crops, the base view's, which come first."""
+    if view.pixels.ndim == 2:
+        frames, height, width = inputs[GRIDS[view.kind]][view.number].tolist()
+        merge = config.vision_config.spatial_merge_size
+        return frames, height // merge, width // merge
+    rows, columns = (size // config.vision_config.patch_size for size in view.sizes)
+    if view.kind == "video":  # its frames are pooled
+        return len(view.pixels), -(-rows // 2), -(-columns // 2)
+    return 1, rows, columns
+
+
+def visual_tokens(model: Any, view: View, inputs: dict[str, Any]) -> Tensor:
     """The projected visual tokens of a view, [frames, rows, columns, D]; of crops, the base view's.
 
-    `model` is the one with the vision tower, `number` the place of the view among those of its kind.
+    `model` is the one with the vision tower.
     """
     config = model.config
     if view.pixels.ndim == 2:
-        frames, height, width = inputs[GRIDS[view.kind]][number].tolist()
-        found = model.visual(view.pixels.to(model.visual.dtype), grid_thw=inputs[GRIDS[view.kind]][number][None])
+        grid = inputs[GRIDS[view.kind]][view.number]
+        found = model.visual(view.pixels.to(model.visual.dtype), grid_thw=grid[None])
         found = getattr(found, "pooler_output", found)
-        merge = config.vision_config.spatial_merge_size
         tokens: Tensor = found[0] if isinstance(found, tuple) else found
-        return tokens.reshape(frames, height // merge, width // merge, -1)
+        return tokens.reshape(*token_grid(view, inputs, config), -1)
     pixels = view.pixels if view.pixels.ndim == 4 else view.pixels[None]
     if view.kind == "image":
         pixels = pixels[:1]

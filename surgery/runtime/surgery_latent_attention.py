@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .surgery_compatibility import (
     attention_returns_cache,
     columns_of,
+    merged,
     normalize,
     padded_for_flash,
     rotate,
@@ -82,9 +83,12 @@ class LatentAttention(nn.Module):
         past_key_value: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """hidden_states [B, T, D], position_embeddings (cos, sin) [B, T, table] -> ([B, T, D], weights or None)."""
+        """hidden_states [B, T, D], position_embeddings (cos, sin) [B, T, table] -> ([B, T, D], weights or None).
+
+        Under M-RoPE the tables may be [3, B, T, table].
+        """
         query, key, value = self.project(hidden_states)
-        query, key = self._rotate(query, key, *position_embeddings)
+        query, key = self._rotate(query, key, *merged(*position_embeddings, self.config))
 
         cache = past_key_values if past_key_values is not None else past_key_value
         if cache is not None:

@@ -9,18 +9,22 @@ import inspect
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import GenerationMixin, StoppingCriteriaList
 
+from .surgery_defense_attention import attended
+from .surgery_defense_clip import ClipRelevance
 from .surgery_defense_prompt import (
     NEW,
     Answered,
     AnswerStreamer,
+    Owner,
     Parser,
-    Request,
+    Prompt,
     eos_of,
     is_wrapped,
     limit_of,
@@ -39,6 +43,7 @@ from .surgery_defense_tiles import (
     paint,
     runs_of,
     tile_scores,
+    token_grid,
     views,
     visual_tokens,
 )  # fmt: skip
@@ -47,19 +52,6 @@ PLACED = "position_ids", "cache_position"  # what goes by places in a prompt
 ENDS_ROWS = "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"
 
 _inside: ContextVar[bool] = ContextVar("surgery_defense_inside", default=False)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of a batch: its tokens, their columns, and the requests in it."""
-
-    ids: list[int]
-    columns: list[int]
-    requests: list[Request]
-
-    def text(self, request: Request, visual: frozenset[int]) -> list[int]:
-        """The tokens of a request, without those that stand for images."""
-        return [token for token in self.ids[request.start : request.end] if token not in visual]
 
 
 @dataclass(frozen=True)
@@ -74,6 +66,21 @@ class Masks:
 
 class VisualDefenseGeneration:
     """Stands before a native model with a language head among the bases of a class."""
+
+    def __init__(self: Any, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        size = config.surgery["visual_defense"].get("clip")
+        if size is not None:
+            self.defense_clip = ClipRelevance(size)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As the native model. Raises ValueError where weights of CLIP are missing: they would be random numbers."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = sorted(name for name in info["missing_keys"] if "defense_clip." in name)
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of its CLIP, such as {missing[0]}")
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def generate(
@@ -107,7 +114,7 @@ class VisualDefenseGeneration:
         prompts = self._prompts(ids, kwargs, generation_config)
         found = Masks([], [], [], [])
         if masks or masked_tiles is not None:
-            found = self._masks(prompts, kwargs, masked_tiles)
+            found = self._masks(ids, prompts, kwargs, masked_tiles)
             self._paint(found, kwargs)
         if not analysed:
             return self._told(self._native(ids, generation_config, **kwargs), found, prompts)
@@ -176,7 +183,7 @@ class VisualDefenseGeneration:
     def _visual_ids(self: Any) -> frozenset[int]:
         return frozenset(self.config.surgery["visual_defense"]["token_ids"])
 
-    def _masks(self: Any, prompts: list[Prompt], kwargs: dict[str, Any], given: Any) -> Masks:
+    def _masks(self: Any, ids: Tensor, prompts: list[Prompt], kwargs: dict[str, Any], given: Any) -> Masks:
         """Which tiles of which image are masked."""
         settings = self.config.surgery["visual_defense"]
         side, count = settings["side"], settings["masked_patches"]
@@ -189,44 +196,56 @@ class VisualDefenseGeneration:
                     f"enlarge it, or pass defense=False; tiles are {side} x {side}"
                 )
         owners = self._owners(seen, prompts, kwargs)
-        rows = [row for row, _ in owners]
+        rows = [owner.row for owner in owners]
         if given is not None:
             return Masks(seen, checked_tiles(given, len(seen), side * side), [None] * len(seen), rows)
         if settings["scorer"] == "given":
             raise ValueError("this model masks what the caller says: pass masked_tiles=[[...], ...], or defense=False")
-        tiles, scores, numbers = [], [], dict.fromkeys(PIXELS, 0)
-        for view, (row, request) in zip(seen, owners, strict=True):
-            text = prompts[row].text(request, self._visual_ids())
-            score = self._scores(view, text, kwargs, numbers[view.kind]) if text else None
-            numbers[view.kind] += 1
-            scores.append(score)
-            tiles.append([] if score is None else least(score, count))
-        return Masks(seen, tiles, scores, rows)
-
-    def _scores(self: Any, view: View, text: list[int], kwargs: dict[str, Any], number: int) -> Tensor:
-        """Relevance of each tile [N] to a text."""
-        settings, table = self.config.surgery["visual_defense"], self.get_input_embeddings()
-        tokens = visual_tokens(self.model, view, kwargs, number)
-        asked = table(torch.tensor(text, device=table.weight.device)).to(tokens.device)
-        if settings["scorer"] == "own":
-            mean = table.weight.mean(0).to(tokens.device)
-            found = [own_relevance(frame.flatten(0, 1), asked, mean) for frame in tokens]
+        asked = [prompts[owner.row].text(owner.request, self._visual_ids()) for owner in owners]
+        judged = [number for number, text in enumerate(asked) if text]
+        shown = [seen[number] for number in judged]
+        if settings["scorer"] == "attention":
+            found = attended(self, shown, [owners[number] for number in judged], prompts, ids, kwargs)
+        elif settings["scorer"] == "clip":
+            found = [
+                self.defense_clip(self.model.vision_tower, view, side, self._by_clip(asked[number]))
+                for view, number in zip(shown, judged, strict=True)
+            ]
         else:
-            found = [self.model.visual_scorer(frame.flatten(0, 1), asked) for frame in tokens]
-        relevance = torch.stack(found).mean(0).unflatten(0, tokens.shape[1:3])
-        return tile_scores(relevance.float(), settings["side"]).cpu()
+            found = self._embedded(shown, [asked[number] for number in judged], kwargs)
+        scores: list[Tensor | None] = [None] * len(seen)
+        for number, relevance in zip(judged, found, strict=True):
+            scores[number] = tile_scores(relevance.float().mean(0), side).cpu()
+        return Masks(seen, [[] if score is None else least(score, count) for score in scores], scores, rows)
 
-    def _owners(
-        self: Any, seen: list[View], prompts: list[Prompt], kwargs: dict[str, Any]
-    ) -> list[tuple[int, Request]]:
-        """The row of each view, and the request in whose turn it stands: a mask stays as it is in later turns."""
-        owners: list[tuple[int, Request]] = []
+    def _by_clip(self: Any, text: list[int]) -> Tensor:
+        found: Tensor = self.defense_clip.embedded(self.defense_clip.windows(text, self.config))
+        return found
+
+    def _embedded(self: Any, seen: list[View], asked: list[list[int]], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Relevance of visual tokens [frames, rows, columns] by their embeddings and those of what is asked."""
+        settings, table, found = self.config.surgery["visual_defense"], self.get_input_embeddings(), []
+        for view, text in zip(seen, asked, strict=True):
+            tokens = visual_tokens(self.model, view, kwargs)
+            words = table(torch.tensor(text, device=table.weight.device)).to(tokens.device)
+            frames = [frame.flatten(0, 1) for frame in tokens]
+            if settings["scorer"] == "own":
+                mean = table.weight.mean(0).to(tokens.device)
+                scores = [own_relevance(frame, words, mean) for frame in frames]
+            else:
+                scores = [self.model.visual_scorer(frame, words) for frame in frames]
+            found.append(torch.stack(scores).unflatten(1, tokens.shape[1:3]))
+        return found
+
+    def _owners(self: Any, seen: list[View], prompts: list[Prompt], kwargs: dict[str, Any]) -> list[Owner]:
+        """The owner of each view."""
+        owners: list[Owner] = []
         tokens = self.config.surgery["visual_defense"]["token_ids"]
         for kind, token in zip(PIXELS, tokens, strict=False):
             of_kind = [view for view in seen if view.kind == kind]
             places = [(row, at) for row, prompt in enumerate(prompts) for at in runs_of(prompt.ids, token)]
             if kind == "video" or "image_grid_thw" in kwargs:
-                places = self._by_size(kind, token, prompts, kwargs) if of_kind else []
+                places = self._by_size(of_kind, token, prompts, kwargs)
             if len(places) != len(of_kind):
                 raise ValueError(
                     f"{len(of_kind)} {kind}s are given and the prompts show {len(places)}: pass what the processor "
@@ -234,20 +253,15 @@ class VisualDefenseGeneration:
                 )
             for row, at in places:
                 turns = [request for request in prompts[row].requests if request.turn <= at]
-                owners.append((row, turns[-1] if turns else prompts[row].requests[0]))
+                owners.append(Owner(row, at, turns[-1] if turns else prompts[row].requests[0]))
         return owners
 
     def _by_size(
-        self: Any, kind: str, token: int, prompts: list[Prompt], kwargs: dict[str, Any]
+        self: Any, seen: list[View], token: int, prompts: list[Prompt], kwargs: dict[str, Any]
     ) -> list[tuple[int, int]]:
         """Row and first token of each view, from how many tokens each has: a clip may be in several pieces."""
-        grids, config = kwargs.get(f"{kind}_grid_thw"), self.config
-        if grids is not None:
-            sizes = (grids.prod(-1) // config.vision_config.spatial_merge_size**2).tolist()
-        else:
-            clips = kwargs[PIXELS[kind]]
-            edge = -(-(config.vision_config.image_size // config.vision_config.patch_size) // 2)
-            sizes = [clips.shape[1] * edge * edge + 1] * len(clips)
+        ends_clips = "image_grid_thw" not in inspect.signature(self.forward).parameters  # with a token
+        sizes = [prod(token_grid(view, kwargs, self.config)) + ends_clips for view in seen]
         shown = [(row, at) for row, prompt in enumerate(prompts) for at, one in enumerate(prompt.ids) if one == token]
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
         return [shown[start] for start in starts] if sum(sizes) == len(shown) else []

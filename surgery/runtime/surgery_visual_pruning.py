@@ -3,14 +3,16 @@
 
 The vision tower, the placeholders and what merges them are the base's. A hook stands before the language model inside,
 drops columns of its input there, and remembers on the cache which; tokens that stay keep their positions, so the result
-is that of the base with the dropped tokens masked. Source: CoViPAL (arXiv 2508.17243).
+is that of the base with the dropped tokens masked. Source: CoViPAL (arXiv 2508.17243). With `stages` tokens also leave
+before deeper layers, chosen by what the layers so far made of them.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import Cache, StaticCache
 
 from .surgery_visual_scorer import VisualScorer, best, diverse, reserved, runs
+from .surgery_visual_stages import RIDES, Descent, Left, at_columns, columns_of, refuse_layers, stand_before
 
 PIXELS = "pixel_values", "pixel_values_videos", "mm_encoder_outputs"
 PRUNED = "surgery_visual_pruning"  # where a cache carries what was dropped from it
@@ -32,7 +35,7 @@ class Call:
     reserve: float
     labels: Tensor | None = None
     visual: Tensor | None = None  # bool [B, L]
-    kept: Tensor | None = None  # columns of the prompt [B, L'], -1 for padding
+    kept: Tensor | None = None  # columns of the prompt [B, L'], -1 for padding: those of the logits, in the end
     pruned: "Pruned | None" = None  # for the cache
 
 
@@ -41,13 +44,15 @@ class Pruned:
     """What calls that go on from a pruned cache have to know.
 
     `mask` [B, L'] is that of the columns that stayed, of `length` there were; a column of the cache stands `ahead` [B]
-    places later than its number says. `parts` is how many rows positions have, where they have several.
+    places later than its number says. `parts` is how many rows positions have, where they have several. `left` is what
+    layers from a stage on cache.
     """
 
     mask: Tensor
     length: int
     ahead: Tensor
     parts: int
+    left: dict[int, Left]
 
 
 _call: ContextVar[Call | None] = ContextVar("surgery_visual_call", default=None)
@@ -62,12 +67,19 @@ def _calling(call: Call) -> Iterator[Call]:
         _call.reset(token)
 
 
-def checked_reserve(value: Any) -> float:
-    """A share of visual tokens. Raises ValueError where it is none."""
+def checked_reserve(value: Any, settings: dict[str, Any]) -> float:
+    """A share of visual tokens, by default that of the settings. Raises ValueError where it is none."""
+    if value is None:
+        value = settings["reserve"]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(
             f"visual_reserve is {value!r}, and must be a number above 0 and at most 1; for no visual tokens leave the "
             "image out"
+        )
+    if settings.get("stages") and value not in {settings["reserve"], 1}:
+        raise ValueError(
+            f"visual_reserve is {value!r}, and this model drops tokens layer by layer, down to {settings['reserve']}: "
+            "leave it out, or pass 1.0 for all of them"
         )
     return float(value)
 
@@ -92,20 +104,29 @@ class VisualPruning(_Whole):
 
     def __init__(self: Any, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        settings = config.surgery["visual_pruning"]
-        if settings["scorer"] is not None:
-            self.visual_scorer = VisualScorer(config.get_text_config().hidden_size, **settings["scorer"])
+        settings, size = config.surgery["visual_pruning"], config.get_text_config().hidden_size
+        stages = stages_of(settings)
+        if settings["scorer"] is not None and stages:
+            scorers = {str(stage): VisualScorer(size, **settings["scorer"]) for stage in stages}
+            self.visual_scorer = torch.nn.ModuleDict(scorers)
+        elif settings["scorer"] is not None:
+            self.visual_scorer = VisualScorer(size, **settings["scorer"])
         self.language_model.register_forward_pre_hook(self._prune, with_kwargs=True)
+        if deeper := tuple(stage for stage in stages if stage):
+            stand_before(self.language_model.layers, deeper)
 
     def forward(self: Any, *args: Any, visual_reserve: float | None = None, **kwargs: Any) -> Any:
         """As the native model; the model with a head around it may have said how much to keep."""
         kwargs = _named(super().forward, args, kwargs)  # type: ignore[misc]
-        reserve = self.config.surgery["visual_pruning"]["reserve"] if visual_reserve is None else visual_reserve
-        call = _call.get() or Call(checked_reserve(reserve), visual=self.visual_tokens(kwargs))
+        reserve = checked_reserve(visual_reserve, self.config.surgery["visual_pruning"])
+        call = _call.get() or Call(reserve, visual=self.visual_tokens(kwargs))
         with _calling(call):
             output = super().forward(**kwargs)  # type: ignore[misc]
-        if call.kept is None:
+        if call.kept is None or call.pruned is None:  # both or neither
             return output
+        if left := call.pruned.left:
+            last = left[max(left)].first.to(call.kept.device)
+            call.kept = call.kept.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1)
         for value in output if isinstance(output, tuple) else output.values():
             if isinstance(value, Cache):
                 setattr(value, PRUNED, call.pruned)
@@ -131,40 +152,51 @@ class VisualPruning(_Whole):
             found = (embeds[:, :, None] == rows).all(-1).any(-1)
         return found if bool(found.any()) else None
 
-    def choose(self: Any, visual: Tensor, text: Tensor, reserve: float) -> Tensor:
-        """Of an image's tokens [V, D], those that a text [T, D] needs: ascending indices."""
+    def choose(self: Any, visual: Tensor, text: Tensor, count: int, layer: int = 0) -> Tensor:
+        """Of an image's tokens [V, D] before a layer, the `count` that a text [T, D] needs: ascending indices."""
         settings = self.config.surgery["visual_pruning"]
-        count = reserved(len(visual), reserve, settings["min_keep"])
         if count == len(visual):
             return torch.arange(count, device=visual.device)
         if settings["scorer"] is None:
-            return diverse(visual, text, count)
-        return best(self.visual_scorer(visual, text), count)
+            return diverse(visual, count)
+        scorer = self.visual_scorer[str(layer)] if stages_of(settings) else self.visual_scorer
+        return best(scorer(visual, text), count)
 
     @torch.no_grad()
-    def _kept(self: Any, embeds: Tensor, visual: Tensor, text: Tensor, reserve: float) -> Tensor:
-        """Which columns stay, bool [B, L]: no padding, all text, and of each image its share."""
-        keep = torch.zeros_like(visual)
-        for row in range(len(embeds)):
-            for image in runs(visual[row]):
-                chosen = self.choose(embeds[row, image], embeds[row, text[row]], reserve)
-                keep[row, image[chosen]] = True
+    def _kept(
+        self: Any,
+        sizes: Sequence[Sequence[int]],
+        reserve: float,
+        layer: int,
+        states: Tensor,
+        visual: Tensor,
+        text: Tensor,
+    ) -> Tensor:
+        """Which visual columns stay, bool [B, L]: of each image, which had so many tokens once, its share."""
+        keep, least = torch.zeros_like(visual), self.config.surgery["visual_pruning"]["min_keep"]
+        for row, sizes_here in enumerate(sizes):
+            for image, size in zip(runs(visual[row]), sizes_here, strict=True):
+                count = reserved(size, reserve, least)
+                keep[row, image[self.choose(states[row, image], states[row, text[row]], count, layer)]] = True
         return keep
 
     def _prune(self: Any, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the language model: go on from a pruned cache, or prune."""
-        call, cache, embeds = _call.get(), kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        past = cache.get_seq_length() if cache is not None else 0
-        if not past and getattr(cache, PRUNED, None) is not None:
-            setattr(cache, PRUNED, None)  # it was emptied
+        call, cache = _call.get(), kwargs.get("past_key_values")
+        embeds: Any = kwargs.get("inputs_embeds")
+        past = int(cache.get_seq_length()) if cache is not None else 0
         if (mark := getattr(cache, PRUNED, None)) is not None:
+            _whole(mark, cache, past)
+        if not past and mark is not None:
+            setattr(cache, PRUNED, None)  # it was emptied
+        elif mark is not None:
             if call is not None and call.visual is not None:
                 raise NotImplementedError(
                     "visual tokens after a prompt that was pruned: pass the whole conversation without past_key_values"
                 )
-            if past < mark.mask.shape[1]:
-                raise NotImplementedError("a pruned prompt cannot be cropped: pass the whole of it again")
-            return args, _continued(mark, int(past), embeds, kwargs)
+            if mark.left:
+                refuse_layers(self.language_model, past + embeds.shape[1])
+            return args, _continued(mark, past, embeds, kwargs)
         if call is None or call.visual is None or embeds is None or call.reserve >= 1:
             return None
         if past:
@@ -182,16 +214,32 @@ class VisualPruning(_Whole):
         if call.labels is not None:  # answers that are being learned must not choose
             asked = text & (call.labels == IGNORED)
             text = torch.where(asked.any(1, keepdim=True), asked, text)
-        keep = valid & ~visual | self._kept(embeds, visual, text, call.reserve)
-        call.kept = _columns(keep)
-        return args, _compacted(call, valid, embeds, kwargs)
+        stages = stages_of(self.config.surgery["visual_pruning"]) or {0: call.reserve}
+        sizes = [[len(image) for image in runs(row)] for row in visual]
+        keeps = {layer: partial(self._kept, sizes, share, layer) for layer, share in stages.items()}
+        keep = keeps.pop(0)(embeds, visual, text) if 0 in keeps else visual
+        kept = call.kept = columns_of(valid & ~visual | keep)
+        kwargs = _compacted(call, valid, embeds, kwargs)
+        if keeps:
+            refuse_layers(self.language_model, kept.shape[1])
+            pruned: Any = call.pruned
+            visual, text = (part.gather(1, kept.clamp(min=0)) & (kept >= 0) for part in (visual, text))
+            kwargs[RIDES] = Descent(tuple(keeps), kept.shape[1], pruned.left, 0, 0, keeps, kept < 0, visual, text)
+        return args, kwargs
 
 
-def _columns(keep: Tensor) -> Tensor:
-    """Bool [B, L] -> the columns that stay in their order, padded on the left with -1: [B, L']."""
-    width = int(keep.sum(1).max())
-    order = keep.long().argsort(dim=1, stable=True)[:, -width:]
-    return torch.where(keep.gather(1, order), order, -1)
+def stages_of(settings: dict[str, Any]) -> dict[int, float]:
+    """The layers before which tokens leave, ascending, and the share that is left there; {} for the entry alone."""
+    return {int(layer): share for layer, share in (settings.get("stages") or {}).items()}
+
+
+def _whole(mark: Pruned, cache: Any, past: int) -> None:
+    """Raise where columns of a pruned prompt were taken from the cache, or from some of its layers."""
+    after = past - mark.mask.shape[1]
+    expected = {0: mark.mask.shape[1], **{layer: left.first.shape[1] for layer, left in mark.left.items()}}
+    found = {layer: int(cache.get_seq_length(layer)) for layer in expected}
+    if any(found.values()) and (after < 0 or any(found[layer] != width + after for layer, width in expected.items())):
+        raise NotImplementedError("a pruned prompt cannot be cropped: pass the whole of it again")
 
 
 def _compacted(call: Call, valid: Tensor, embeds: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -206,12 +254,12 @@ def _compacted(call: Call, valid: Tensor, embeds: Tensor, kwargs: dict[str, Any]
     if position.ndim > 2:  # several rows: time, height and width, before which a row may count columns
         places = places[-3:].amax(0)
     ahead = places.amax(-1) + 1 - kept.shape[1]
-    call.pruned = Pruned(mask, length, ahead, len(position) if position.ndim > 2 else 0)
+    call.pruned = Pruned(mask, length, ahead, len(position) if position.ndim > 2 else 0, {})
     kwargs = {name: value for name, value in kwargs.items() if name != "cache_position"}
     kwargs |= {
-        "inputs_embeds": embeds.gather(1, at[..., None].expand(-1, -1, embeds.shape[-1])),
+        "inputs_embeds": at_columns(embeds, kept, 1),
         "attention_mask": mask,
-        "position_ids": position.gather(-1, at.expand(*position.shape[:-2], -1, -1)),
+        "position_ids": at_columns(position, kept, -1),
     }
     if kwargs.get("visual_pos_masks") is not None:  # features that deeper layers add to visual tokens (DeepStack)
         visual: Any = call.visual
@@ -238,6 +286,8 @@ def _continued(mark: Pruned, past: int, embeds: Any, kwargs: dict[str, Any]) -> 
     if mark.parts:
         position = position.expand(mark.parts, -1, -1)
     kwargs = {name: value for name, value in kwargs.items() if name != "cache_position"}
+    if mark.left:
+        kwargs[RIDES] = Descent(tuple(mark.left), mark.mask.shape[1], mark.left, after, count)
     return kwargs | {"attention_mask": mask, "position_ids": position}
 
 
@@ -274,7 +324,7 @@ class VisualPruningGeneration(_Whole):
         native: Any = super().forward  # type: ignore[misc]
         kwargs = _named(native, args, kwargs)
         labels, reserve = kwargs.get("labels"), kwargs.pop("visual_reserve", None)
-        call = Call(checked_reserve(self.config.surgery["visual_pruning"]["reserve"] if reserve is None else reserve))
+        call = Call(checked_reserve(reserve, self.config.surgery["visual_pruning"]))
         call.labels, call.visual = labels, self.model.visual_tokens(kwargs)
         if call.reserve < 1 and call.visual is not None:
             kwargs.pop("labels", None)
@@ -296,8 +346,7 @@ class VisualPruningGeneration(_Whole):
 
     def generate(self: Any, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `generate` of transformers. Raises for what cannot follow a pruned prompt."""
-        reserve = kwargs.get("visual_reserve")
-        reserve = checked_reserve(self.config.surgery["visual_pruning"]["reserve"] if reserve is None else reserve)
+        reserve = checked_reserve(kwargs.get("visual_reserve"), self.config.surgery["visual_pruning"])
         given = kwargs if inputs is None else kwargs | {"input_ids": inputs}
         cache: Any = kwargs.get("past_key_values")
         if getattr(cache, PRUNED, None) is not None and cache.get_seq_length():
@@ -307,16 +356,6 @@ class VisualPruningGeneration(_Whole):
         if reserve < 1 and self.model.visual_tokens(given) is not None:
             _refuse(kwargs, self.generation_config if generation_config is None else generation_config)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
-
-    def _update_model_kwargs_for_generation(
-        self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The mask of the columns that stayed takes the place of the prompt's."""
-        cache = outputs.get("past_key_values")
-        mark = getattr(cache, PRUNED, None)
-        if mark is not None and cache.get_seq_length() == mark.mask.shape[1]:
-            model_kwargs["attention_mask"] = mark.mask
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
 
 def _refuse(kwargs: dict[str, Any], config: Any) -> None:

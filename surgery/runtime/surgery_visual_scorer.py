@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-FLAT = 1e-6  # a difference that says nothing
+FLAT, TINY = 1e-4, 1e-30  # a share that says nothing; what a divisor is at least
 
 
 class VisualScorer(nn.Module):
@@ -95,27 +95,28 @@ def _check(scores: Tensor) -> None:
         raise RuntimeError("a visual token has no score (nan): the features of the image, or the scorer, are broken")
 
 
-def diverse(visual: Tensor, text: Tensor, count: int) -> Tensor:
-    """`count` of the tokens [V, D] that resemble the mean of the text [T, D] and not each other; ascending indices.
+def diverse(visual: Tensor, count: int) -> Tensor:
+    """`count` of the tokens [V, D] that stand out of their image and do not resemble each other; ascending indices.
 
-    The likeliest set of a determinantal point process with kernel r_i r_j cos(i, j), chosen greedily (Chen et al.,
-    arXiv 1709.05135); once no token adds anything, the first ones. Relevance r is scaled for each image by itself, so
-    that others beside it change nothing. Raises RuntimeError for nan.
+    With s_i the distance of a token from the mean of its image, the likeliest set of a determinantal point process
+    with kernel sqrt(s_i s_j) cos(i, j), chosen greedily (Chen et al., arXiv 1709.05135); of equal tokens, and once none
+    adds anything, the first ones. Other images change nothing. Raises RuntimeError for nan.
     """
-    visual, text = normalize(visual.float(), dim=-1), text.float()
-    _check(visual)
-    relevance = visual @ normalize(text.mean(0), dim=-1) if len(text) else visual.new_zeros(len(visual))
-    low, high = relevance.min(), relevance.max()
-    relevance = (relevance - low) / (high - low) if float(high - low) > FLAT else torch.ones_like(relevance)
-    weighted = visual * (0.5 + 0.5 * relevance)[:, None]
-    gain = weighted.pow(2).sum(-1)
-    taken = torch.zeros(len(visual), dtype=torch.bool, device=visual.device)
-    found = weighted.new_zeros(count, len(visual))  # rows of the Cholesky factor
+    visual = visual.float()
+    salience = (visual - visual.mean(0)).norm(dim=-1)
+    _check(salience)
+    if float(salience.max()) <= FLAT * float(visual.norm(dim=-1).max()):
+        return torch.arange(count, device=visual.device)
+    weighted = normalize(visual, dim=-1, eps=TINY) * salience.sqrt()[:, None]
+    kernel = weighted @ weighted.T
+    gain = whole = kernel.diagonal()
+    factor = kernel.new_zeros(count, len(kernel))  # rows of the kernel's Cholesky factor
+    taken = torch.zeros(len(kernel), dtype=torch.bool, device=kernel.device)
     for step in range(count):
-        left = gain.masked_fill(taken, float("-inf"))
-        chosen = (left >= left.max() - FLAT).int().argmax()  # copies of a token differ by rounding: the first
+        left = torch.where(gain > FLAT * whole, gain, 0.0).masked_fill(taken, -1.0)
+        chosen = (left >= (1 - FLAT) * left.max()).int().argmax()  # copies of a token differ by rounding
         taken[chosen] = True
-        row = weighted @ weighted[chosen] - found[:step, chosen] @ found[:step]
-        found[step] = row / gain[chosen].clamp(min=FLAT).sqrt()
-        gain = gain - found[step].pow(2)
+        row = kernel[chosen] - factor[:step, chosen] @ factor[:step]
+        factor[step] = row / gain[chosen].clamp(min=FLAT * whole[chosen]).clamp(min=TINY).sqrt()
+        gain = gain - factor[step].pow(2)
     return taken.nonzero()[:, 0]

@@ -2,7 +2,8 @@
 
 The two stages, and attention at one deep layer as a target, are CoViPAL's (arXiv 2508.17243); the form of the first
 loss, choosing the layer by how well it prunes, and the relaxation of the second stage are ours: hard masks with
-straight-through gradients, as soft ones let dropped tokens leak into the answer.
+straight-through gradients, as soft ones let dropped tokens leak into the answer. Where tokens leave before several
+layers, each layer's scorer learns in turn, with those before it as they were found.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ class Prompt:
     """What the language model of a batch is given, and where its visual and its text tokens are.
 
     embeds [B, L, D], position as the model has it, valid, visual and text [B, L], labels [B, L]. Answers are no text.
+    Seen before a deeper `layer`: `states` [B, L, D] there, `gone` [B, L] left before earlier layers, from each of which
+    on a mask of `earlier` holds.
     """
 
     embeds: Tensor
@@ -59,11 +63,30 @@ class Prompt:
     visual: Tensor
     text: Tensor
     labels: Tensor
+    layer: int = 0
+    states: Tensor | None = None
+    gone: Tensor | None = None
+    earlier: Mapping[int, Tensor] = field(default_factory=dict)
 
     def images(self) -> Iterator[tuple[int, Tensor]]:
-        """Row and columns of every image."""
+        """Row and columns of every image: of those tokens that are left."""
         for row in range(len(self.visual)):
-            yield from ((row, columns) for columns in runs(self.visual[row]))
+            for columns in runs(self.visual[row]):
+                yield row, columns if self.gone is None else columns[~self.gone[row, columns]]
+
+    def counts(self, reserve: float, least: int) -> list[int]:
+        """How many tokens of every image stay: a share of those that it had at the entry."""
+        return [reserved(len(columns), reserve, least) for row in self.visual for columns in runs(row)]
+
+    def seen(self, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """What scorers are given of an image and of its text, [V, D] and [T, D]."""
+        states = self.embeds if self.states is None else self.states
+        return states[row, columns], states[row, self.text[row]]
+
+    def hidden(self) -> Tensor:
+        """What hides columns [B, L] that left before."""
+        none = torch.zeros_like(self.embeds[..., 0])
+        return none if self.gone is None else none.masked_fill(self.gone, LOWEST)
 
     def mask(self) -> Tensor:
         """What attention adds without pruning, float [B, 1, L, L]: nothing, or so little that it hides."""
@@ -72,6 +95,9 @@ class Prompt:
         seen = causal & self.valid[:, None]
         seen |= torch.eye(length, dtype=torch.bool, device=seen.device)  # or padding would see nothing
         return torch.where(seen, 0.0, LOWEST)[:, None].to(self.embeds.dtype)
+
+
+Scores = Callable[[Prompt, float], list[Tensor]]  # where a share of each image's tokens is to stay -> [V] of each
 
 
 class _Stop(Exception):
@@ -120,14 +146,47 @@ class Model:
         text = valid & ~visual & (batch.labels == IGNORED)
         return Prompt(caught["inputs_embeds"], position, extra, valid, visual, text, batch.labels)
 
-    def logits(self, prompt: Prompt, mask: Tensor) -> Tensor:
-        """Logits at the places before answer tokens [A, vocabulary], under a mask [B, 1, L, L]."""
-        output = self.inner(
-            inputs_embeds=prompt.embeds, attention_mask=mask, position_ids=prompt.position, use_cache=False,
-            **prompt.extra,
-        )  # fmt: skip
+    def logits(self, prompt: Prompt, mask: Tensor | Mapping[int, Tensor]) -> Tensor:
+        """Logits before answer tokens [A, vocabulary], under a mask [B, 1, L, L], or several, each from a layer on."""
+        output = self._run(prompt, mask if isinstance(mask, Mapping) else {0: mask})
         found: Tensor = self.whole.lm_head(output.last_hidden_state[:, :-1][prompt.labels[:, 1:] != IGNORED])
         return found.float()
+
+    @torch.no_grad()
+    def before(self, prompt: Prompt, layer: int) -> Tensor:
+        """States [B, L, D] that come to a layer, under the masks that hold before it."""
+        caught: list[Tensor] = []
+
+        def catch(_module: Any, args: Any) -> None:
+            caught.append(args[0])
+            raise _Stop
+
+        handle = self.inner.layers[layer].register_forward_pre_hook(catch)
+        try:
+            self._run(prompt, prompt.earlier)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def _run(self, prompt: Prompt, masks: Mapping[int, Tensor]) -> Any:
+        masks = masks if 0 in masks else {0: prompt.mask(), **masks}
+
+        def see(index: int) -> Callable[..., Any]:
+            mask = masks[max(layer for layer in masks if layer <= index)]
+            return lambda _module, args, kwargs: (args, kwargs | {"attention_mask": mask})
+
+        layers = list(enumerate(self.inner.layers))[min((layer for layer in masks if layer), default=self.layers) :]
+        handles = [layer.register_forward_pre_hook(see(index), with_kwargs=True) for index, layer in layers]
+        try:
+            return self.inner(
+                inputs_embeds=prompt.embeds, attention_mask=masks[0], position_ids=prompt.position, use_cache=False,
+                **prompt.extra,
+            )  # fmt: skip
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def attention(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -215,24 +274,56 @@ class _Run:
     model: Model
     batches: Batches
 
+    @property
+    def stages(self) -> Mapping[int, float]:
+        """The share that is left before each layer where tokens leave."""
+        return self.settings.stages or {0: self.settings.reserve}
+
     def train(self, questions: Sequence[Question], held_out: Sequence[Question]) -> Statistics:
-        plan = self.plan
+        plan, size = self.plan, self.plan.scorer
         torch.manual_seed(plan.seed)
-        size = plan.scorer
-        scorer = VisualScorer(self.training.model.hidden_size, size.width, size.heads, size.layers)
-        scorer.to(self.training.device)
-        guide, tried = self._guide(questions[:CALIBRATED])
         steps = max(2, math.ceil(plan.epochs * len(questions) / plan.batch_size))
         first = round(plan.guided * steps)
         history: list[curves.Entry] = []
-        guided, answered = self._attention_loss(scorer, guide), self._answer_loss(scorer)
-        self._loop(scorer, "attention", guided, plan.learning_rate, first, questions, history)
-        self._loop(scorer, "answers", answered, plan.learning_rate / 2, steps - first, questions, history)
-        return self._conclude(scorer.eval(), held_out, history, guide, tried, len(questions))
+        guides: dict[int, dict[int, float]] = {}
+        scorers: dict[int, VisualScorer] = {}
+        for layer in self.stages:
+            where = f" before layer {layer}" if self.settings.stages else ""
+            scorer = VisualScorer(self.training.model.hidden_size, size.width, size.heads, size.layers)
+            scorer.to(self.training.device)
+            at = partial(self._descended, scores=self._by(scorers), until=layer)
+            guides[layer] = self._guides(questions[:CALIBRATED], at)
+            guided, answered = self._attention_loss(scorer, guide_of(guides[layer])), self._answer_loss(scorer)
+            learn = partial(self._loop, scorer, at=at, questions=questions, history=history)
+            learn(f"attention{where}", guided, plan.learning_rate, first)
+            learn(f"answers{where}", answered, plan.learning_rate / 2, steps - first)
+            scorers[layer] = scorer.eval().requires_grad_(False)
+        return self._conclude(scorers, held_out, history, guides, len(questions))
+
+    def _by(self, scorers: Mapping[int, VisualScorer]) -> Scores:
+        return lambda prompt, _share: self._scores(scorers[prompt.layer], prompt)
+
+    @torch.no_grad()
+    def _descended(self, prompt: Prompt, scores: Scores, until: int | None = None) -> Prompt:
+        """A prompt without what `scores` lets go before all layers, or those before `until`, where it then is."""
+        for layer, share in self.stages.items():
+            prompt = self._at(prompt, layer)
+            if layer == until:
+                break
+            prompt = self._chosen(prompt, scores(prompt, share), share)
+        return prompt
+
+    def _at(self, prompt: Prompt, layer: int) -> Prompt:
+        return replace(prompt, layer=layer, states=self.model.before(prompt, layer)) if layer else prompt
+
+    def _chosen(self, prompt: Prompt, scores: Sequence[Tensor], share: float) -> Prompt:
+        """A prompt whose images lost all but the best of their tokens before its layer."""
+        gone = leaving(prompt, scores, share, self.settings.min_keep)
+        return replace(prompt, gone=gone, earlier={**prompt.earlier, prompt.layer: without(prompt, gone)})
 
     def _loop(
-        self, scorer: VisualScorer, stage: str, loss_of: Callable[[Prompt], Tensor], rate: float, steps: int,
-        questions: Sequence[Question], history: list[curves.Entry],
+        self, scorer: VisualScorer, stage: str, loss_of: Callable[[Prompt], Tensor], rate: float, steps: int, *,
+        at: Callable[[Prompt], Prompt], questions: Sequence[Question], history: list[curves.Entry],
     ) -> None:  # fmt: skip
         if not steps:
             return
@@ -247,7 +338,7 @@ class _Run:
             while len(order) < self.plan.batch_size:
                 order += draw.sample(list(questions), len(questions))
             chosen, order = order[: self.plan.batch_size], order[self.plan.batch_size :]
-            loss = loss_of(self.model.prompt(self.batches(chosen)))
+            loss = loss_of(at(self.model.prompt(self.batches(chosen))))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
@@ -270,9 +361,9 @@ class _Run:
             shapes.setdefault((len(columns), int(prompt.text[row].sum())), []).append(number)
         found: dict[int, Tensor] = {}
         for numbers in shapes.values():
-            visual = torch.stack([prompt.embeds[places[n][0], places[n][1]] for n in numbers])
-            text = torch.stack([prompt.embeds[places[n][0], prompt.text[places[n][0]]] for n in numbers])
-            found.update(zip(numbers, scorer(visual.float(), text.float()), strict=True))
+            visual, text = zip(*(prompt.seen(*places[number]) for number in numbers), strict=True)
+            scores = scorer(torch.stack(visual).float(), torch.stack(text).float())
+            found.update(zip(numbers, scores, strict=True))
         return [found[number] for number in range(len(places))]
 
     def _attention_loss(self, scorer: VisualScorer, layer: int) -> Callable[[Prompt], Tensor]:
@@ -293,13 +384,15 @@ class _Run:
             mask = prompt.mask()
             with torch.no_grad():
                 whole = self.model.logits(prompt, mask).log_softmax(-1)
-            hidden = torch.zeros_like(prompt.embeds[..., 0])
-            for (row, columns), scores in zip(prompt.images(), self._scores(scorer, prompt), strict=True):
-                count = reserved(len(columns), self.settings.reserve, self.settings.min_keep)
+            hidden, counts = prompt.hidden(), prompt.counts(self.stages[prompt.layer], self.settings.min_keep)
+            for (row, columns), scores, count in zip(
+                prompt.images(), self._scores(scorer, prompt), counts, strict=True
+            ):
                 hidden = hidden.index_put(
                     (torch.full_like(columns, row), columns), relaxed(scores, count).to(hidden.dtype)
                 )
-            found = self.model.logits(prompt, mask + against(hidden)).log_softmax(-1)
+            biased = {**prompt.earlier, prompt.layer: mask + against(hidden)}
+            found = self.model.logits(prompt, biased).log_softmax(-1)
             answers = prompt.labels[:, 1:][prompt.labels[:, 1:] != IGNORED]
             right = functional.nll_loss(found, answers)
             apart = functional.kl_div(found, whole, log_target=True, reduction="batchmean")
@@ -308,92 +401,118 @@ class _Run:
         return loss
 
     @torch.no_grad()
-    def _guide(self, questions: Sequence[Question]) -> tuple[int, dict[int, float]]:
-        """The layer whose attention, if it decided alone, would hurt the answers least; loss by layer tried."""
+    def _guides(self, questions: Sequence[Question], at: Callable[[Prompt], Prompt]) -> dict[int, float]:
+        """Loss of the answers by layer, if its attention alone decided which tokens leave."""
         layers = [self.plan.guide_layer] if self.plan.guide_layer is not None else list(range(self.model.layers))
         losses = dict.fromkeys(layers, 0.0)
-        for prompt in self._prompts(questions):
+        for prompt in map(at, self._prompts(questions)):
             with self.model.attention(layers) as kept:
                 self.model.logits(prompt, prompt.mask())
             for layer in layers:
-                scores = received(prompt, kept[layer])
-                losses[layer] += float(self._pruned_loss(prompt, scores)[0])
-        return min(losses, key=lambda layer: (losses[layer], layer)), losses
+                chosen = self._chosen(prompt, received(prompt, kept[layer]), self.stages[prompt.layer])
+                losses[layer] += float(self._pruned_loss(chosen)[0])
+        return losses
 
     def _prompts(self, questions: Sequence[Question]) -> Iterator[Prompt]:
         for start in range(0, len(questions), self.plan.batch_size):
             yield self.model.prompt(self.batches(questions[start : start + self.plan.batch_size]))
 
-    def _pruned_loss(self, prompt: Prompt, scores: Sequence[Tensor] | None) -> tuple[Tensor, int]:
-        """Summed loss of the answers, and how many are right word for word, where each image keeps its best tokens."""
-        mask = (
-            prompt.mask() if scores is None else keeping(prompt, scores, self.settings.reserve, self.settings.min_keep)
-        )
-        logits = self.model.logits(prompt, mask)
+    def _pruned_loss(self, prompt: Prompt) -> tuple[Tensor, int]:
+        """Summed loss of the answers, and how many are right word for word, without what left the prompt."""
+        logits = self.model.logits(prompt, prompt.earlier)
         answers = prompt.labels[:, 1:]
         loss = functional.cross_entropy(logits, answers[answers != IGNORED], reduction="sum")
         return loss, answered(prompt, logits)
 
     @torch.no_grad()
-    def _right(self, questions: Sequence[Question], scores: Callable[[Prompt], list[Tensor] | None]) -> float:
-        """Share of questions answered right, word for word, given the words before."""
-        right = sum(self._pruned_loss(prompt, scores(prompt))[1] for prompt in self._prompts(questions))
+    def _right(self, questions: Sequence[Question], scores: Scores | None) -> float:
+        """Share of questions answered right, word for word, given the words before; without scores nothing leaves."""
+        right = 0
+        for whole in self._prompts(questions):
+            right += self._pruned_loss(whole if scores is None else self._descended(whole, scores))[1]
         return right / len(questions)
 
     def _conclude(
-        self, scorer: VisualScorer, held_out: Sequence[Question], history: list[curves.Entry], guide: int,
-        tried: dict[int, float], learned: int,
+        self, scorers: Mapping[int, VisualScorer], held_out: Sequence[Question], history: list[curves.Entry],
+        guides: Mapping[int, dict[int, float]], learned: int,
     ) -> Statistics:  # fmt: skip
         draw = torch.Generator(device="cpu").manual_seed(self.plan.seed)
 
-        def untrained(prompt: Prompt) -> list[Tensor]:
-            return as_scores(prompt, diverse, self.settings.reserve, self.settings.min_keep)
+        def untrained(prompt: Prompt, share: float) -> list[Tensor]:
+            def chosen(visual: Tensor, _text: Tensor, count: int) -> Tensor:
+                return diverse(visual, count)
 
-        def at_random(prompt: Prompt) -> list[Tensor]:
+            return as_scores(prompt, chosen, share, self.settings.min_keep)
+
+        def at_random(prompt: Prompt, _share: float) -> list[Tensor]:
             return [torch.rand(len(columns), generator=draw).to(columns.device) for _, columns in prompt.images()]
 
         right = {
-            "everything": self._right(held_out, lambda _: None),
-            "scorer": self._right(held_out, lambda prompt: self._scores(scorer, prompt)),
+            "everything": self._right(held_out, None),
+            "scorer": self._right(held_out, self._by(scorers)),
             "untrained": self._right(held_out, untrained),
             "random": self._right(held_out, at_random),
         }
-        share = f"{self.settings.reserve:g}"
+        deep = self.settings.stages is not None
+        shares = [f"{share:g}" + (f" from layer {layer} on" if deep else "") for layer, share in self.stages.items()]
         name = "the drawn pictures" if self.plan.images == "builtin" else self.plan.images.given
-        notes = [f"visual_pruning: the scorer learned from {learned} questions of {name}, guided by layer {guide}"]
+        notes = [
+            f"visual_pruning: the scorer{f' of layer {layer}' if deep else ''} learned from {learned} questions of "
+            f"{name}, guided by layer {guide_of(tried)}"
+            for layer, tried in guides.items()
+        ]
         notes.append(
-            f"of {len(held_out)} held-out questions {right['scorer']:.1%} are answered right with {share} of visual "
-            f"tokens, {right['everything']:.1%} with all; the untrained rule gives {right['untrained']:.1%}, tokens at "
-            f"random {right['random']:.1%}"
+            f"of {len(held_out)} held-out questions {right['scorer']:.1%} are answered right with {', '.join(shares)} "
+            f"of visual tokens, {right['everything']:.1%} with all; the untrained rule gives {right['untrained']:.1%}, "
+            f"tokens at random {right['random']:.1%}"
         )
         if right["scorer"] <= right["random"] < right["everything"]:
             notes.append("the scorer is no better than chance: more data, epochs, or another guide_layer may help")
-        record = {
-            "questions": learned, "held_out": len(held_out), "right": right, "guide_layer": guide,
-            "guide_losses": {str(layer): loss for layer, loss in tried.items()},
-        }  # fmt: skip
+        told: dict[int, dict[str, Any]] = {
+            layer: {"guide_layer": guide_of(tried), "guide_losses": {str(one): loss for one, loss in tried.items()}}
+            for layer, tried in guides.items()
+        }
+        record = {"questions": learned, "held_out": len(held_out), "right": right}
+        record |= {"stages": {str(layer): guided for layer, guided in told.items()}} if deep else told[0]
         summary = {"settings": self.settings.model_dump(mode="json"), **record, "torch": torch.__version__}
         curves.publish(self.training.record, summary, history)
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in scorer.state_dict().items()}
+        tensors = {
+            (f"{layer}." if deep else "") + name: tensor.detach().float().cpu().contiguous()
+            for layer, scorer in scorers.items() for name, tensor in scorer.state_dict().items()
+        }  # fmt: skip
         return Statistics(tensors, {"notes": notes, "record": record}, self.training.fingerprint)
+
+
+def guide_of(losses: Mapping[int, float]) -> int:
+    """The layer whose attention, if it decided alone, would hurt the answers least."""
+    return min(losses, key=lambda layer: (losses[layer], layer))
+
+
+def leaving(prompt: Prompt, scores: Sequence[Tensor], reserve: float, least: int = 1) -> Tensor:
+    """What is gone, bool [B, L], where each image keeps the best of its tokens that are left, by their scores [V]."""
+    gone = prompt.hidden() < 0
+    for (row, columns), of_image, count in zip(prompt.images(), scores, prompt.counts(reserve, least), strict=True):
+        gone[row, columns] = True
+        gone[row, columns[best(of_image, count)]] = False
+    return gone
+
+
+def without(prompt: Prompt, gone: Tensor) -> Tensor:
+    """What is added to attention [B, 1, L, L] so that columns [B, L] are not there."""
+    hidden = torch.zeros_like(prompt.embeds[..., 0]).masked_fill(gone, LOWEST)
+    return (prompt.mask() + against(hidden)).clamp(min=LOWEST)
 
 
 def keeping(prompt: Prompt, scores: Sequence[Tensor], reserve: float, least: int = 1) -> Tensor:
     """What is added to attention [B, 1, L, L] so that each image keeps the best of its tokens, by their scores [V]."""
-    hidden = torch.zeros_like(prompt.embeds[..., 0])
-    for (row, columns), of_image in zip(prompt.images(), scores, strict=True):
-        dropped = torch.ones(len(columns), dtype=torch.bool, device=columns.device)
-        dropped[best(of_image, reserved(len(columns), reserve, least))] = False
-        hidden[row, columns[dropped]] = LOWEST
-    return (prompt.mask() + against(hidden)).clamp(min=LOWEST)
+    return without(prompt, leaving(prompt, scores, reserve, least))
 
 
 def as_scores(prompt: Prompt, choose: Choose, reserve: float, least: int = 1) -> list[Tensor]:
     """What a rule chooses of each image, as scores [V]: ones among zeros."""
     found = []
-    for row, columns in prompt.images():
-        visual, text = prompt.embeds[row, columns], prompt.embeds[row, prompt.text[row]]
-        chosen = choose(visual, text, reserved(len(columns), reserve, least))
+    for (row, columns), count in zip(prompt.images(), prompt.counts(reserve, least), strict=True):
+        chosen = choose(*prompt.seen(row, columns), count)
         found.append(torch.zeros(len(columns), device=columns.device).index_fill_(0, chosen, 1.0))
     return found
 

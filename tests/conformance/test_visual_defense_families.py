@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,14 +16,14 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
 
 import surgery
 from surgery.emission.lint import lint
 from surgery.operations.visual_defense import TEMPLATES
-from tests.defense_cases import MEAN, STD, TOKENS, WORDS, batch, chat, convert, load, tokenizer, write_base
+from tests.defense_cases import MEAN, STD, TOKENS, WORDS, batch, chat, convert, load, tokenizer, write_base, write_clip
 from tests.tiny_vision import COMPOSITES, END, FAMILIES, IMAGE, START, VIDEO, picture
 
 TEMPLATE = dict.fromkeys(FAMILIES, TOKENS) | {"llava": WORDS, "llava_next": WORDS}
@@ -56,11 +57,31 @@ class Place:
         return load(self.base_folder(family))
 
     @cache  # noqa: B019
+    def watched(self, family: str) -> Any:
+        """The base, with attention that can be seen."""
+        return load(self.base_folder(family), attn_implementation="eager")
+
+    @cache  # noqa: B019
+    def judged(self, family: str, scorer: str) -> Any:
+        """The result with another scorer in its config: nothing else of it differs."""
+        model = deepcopy(self.model(family))
+        model.config.surgery["visual_defense"]["scorer"] = scorer
+        return model
+
+    @cache  # noqa: B019
     def result(self, family: str, *operations: str, **settings: Any) -> Path:
         settings = {"analysis_tokens": ROOM, **settings}
         name = "-".join([family, *operations, *(f"{key}_{value}" for key, value in settings.items())])
         before = [{name: {"reserve": 0.5}} for name in operations]
         return convert(self.base_folder(family), self.folder / name, *before, **settings)
+
+    @cache  # noqa: B019
+    def clip_folder(self, family: str) -> Path:
+        return write_clip(self.folder / f"{family}-clip", self.base_folder(family), end=9 if family == "llava" else 2)
+
+    @cache  # noqa: B019
+    def by_clip(self, family: str) -> Path:
+        return self.result(family, scorer="clip", clip=str(self.clip_folder(family)))
 
     @cache  # noqa: B019
     def model(self, family: str, *operations: str, **settings: Any) -> Any:
@@ -295,19 +316,12 @@ def reference_scores(base: Any, family: str, inputs: dict[str, Tensor], asked: s
         centred = tokens - tokens.mean(0)
         for number, one in enumerate(centred):
             total[number // columns, number % columns] += torch.cosine_similarity(one[None], words).max() / frames
-    fine = total.repeat_interleave(4, 0).repeat_interleave(4, 1)  # tiles are whole numbers of these
-    height, width = fine.shape
-    means = [
-        fine[height * row // 4 : height * (row + 1) // 4, width * column // 4 : width * (column + 1) // 4].mean()
-        for row in range(4)
-        for column in range(4)
-    ]
-    return torch.stack(means)
+    return tile_means(total)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_least_relevant_tiles_are_masked(place: Place, family: str) -> None:
-    model, inputs = place.model(family), inputs_of(family)
+    model, inputs = place.judged(family, "own"), inputs_of(family)
     output = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
     expected = reference_scores(place.base(family), family, inputs, QUESTIONS[0])
     (told,) = output.defense
@@ -315,13 +329,153 @@ def test_the_least_relevant_tiles_are_masked(place: Place, family: str) -> None:
     assert told["masked_tiles"] == [sorted(expected.sort(stable=True).indices[:3].tolist())]
 
 
+def tile_means(tokens: Tensor) -> Tensor:
+    """Means over 4 x 4 tiles [16] of what each of [rows, columns] has."""
+    fine = tokens.repeat_interleave(4, 0).repeat_interleave(4, 1)  # tiles are whole numbers of these
+    return fine.unflatten(0, (4, -1)).unflatten(2, (4, -1)).mean((1, 3)).flatten()
+
+
+def attention_reference(
+    base: Any, inputs: dict[str, Tensor], token: int, grids: list[tuple[int, int, int]], behind: int = 1
+) -> list[Tensor]:
+    """Of each image of one prompt: mean attention over layers and heads from all tokens of its last turn's text on.
+
+    `behind` is how many tokens the template has between an image and text.
+    """
+    row = inputs["input_ids"][0].tolist()
+    with torch.no_grad():
+        weights = base(**inputs, output_attentions=True).attentions
+    shown = [at for at, one in enumerate(row) if one == token]
+    paid = torch.stack(weights).mean((0, 1, 2))[shown[-1] + 1 + behind :].mean(0)
+    begins = [at for at in shown if row[at - 1] != token] if len(grids) > 1 else shown[:1]
+    found = []
+    for begin, (frames, rows, columns) in zip(begins, grids, strict=True):
+        own = [at for at in shown if at >= begin][: frames * rows * columns]
+        found.append(tile_means(paid[own].reshape(frames, rows, columns).mean(0)))
+    return found
+
+
+GRID = {family: (1, 4, 4) if family in COMPOSITES else (1, 4, 3) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("operations", [(), ("visual_pruning",)], ids=["alone", "pruned"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_least_attended_tiles_are_masked(place: Place, family: str, operations: tuple[str, ...]) -> None:
+    model, watched = place.model(family, *operations), place.watched(family)
+    implementation = model.config.get_text_config()._attn_implementation
+    together = inputs_of(family, [QUESTIONS[0], "Hello", QUESTIONS[1]], (1, 0, 2))
+    told = model.generate(**together, max_new_tokens=1, return_dict_in_generate=True).defense
+    shown = [picture(family, seed=10 * number)[0] for number in range(3)]
+    for row, text, pictures in ((0, QUESTIONS[0], shown[:1]), (2, QUESTIONS[1], shown[1:])):
+        alone = inputs_of(family, text, len(pictures))
+        alone |= {name: torch.cat([one[name] for one in pictures]) for name in pictures[0]}
+        expected = attention_reference(watched, alone, IMAGE, [GRID[family]] * len(pictures))
+        torch.testing.assert_close(told[row]["scores"], expected, atol=1e-6, rtol=1e-4)
+        assert told[row]["masked_tiles"] == [sorted(one.sort().indices[:3].tolist()) for one in expected]
+    assert model.config.get_text_config()._attn_implementation == implementation
+
+
+def test_narrow_heads_and_coded_caches_give_their_attention(place: Place, tmp_path: Path) -> None:
+    latent = {"kv_latent": {"method": "stride", "qk_dim": 8, "vo_dim": 8}}
+    coded = {"codebook_kv": {"min_prompt": 8, "window": 6, "sinks": 2, "residual": 4}}
+    out = convert(place.base_folder("llava"), tmp_path / "out", latent, coded, {"visual_pruning": {"reserve": 0.5}})
+    inputs = inputs_of("llava")
+    (told,) = load(out).generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).defense
+    watched = load(out, attn_implementation="eager")
+    expected = attention_reference(watched, {**inputs, "visual_reserve": 1.0, "use_cache": False}, IMAGE, [(1, 4, 4)])
+    torch.testing.assert_close(told["scores"], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_token_of_the_whole_image_is_no_place_in_it(place: Place) -> None:
+    model, watched = (deepcopy(one) for one in (place.model("llava"), place.watched("llava")))
+    for one in (model, watched):
+        one.config.vision_feature_select_strategy = "full"
+    inputs = inputs_of("llava")
+    at = inputs["input_ids"][0].tolist().index(IMAGE)
+    inputs |= {name: torch.cat([inputs[name][:, : at + 1], inputs[name][:, at:]], 1) for name in ("input_ids", "attention_mask")}
+    (told,) = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).defense
+    with torch.no_grad():
+        weights = torch.stack(watched(**inputs, output_attentions=True).attentions).mean((0, 1, 2))
+    shown = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    paid = weights[int(shown[-1]) + 2 :].mean(0)[shown[1:]]
+    torch.testing.assert_close(told["scores"][0], tile_means(paid.reshape(4, 4)), atol=1e-6, rtol=1e-4)
+
+
+def clip_reference(clip: Any, pixels: Tensor, windows: list[list[int]]) -> Tensor:
+    """Cosines of CLIP's own features: of each of 16 tiles [3, 16, 16], resized, to the mean of a text's windows."""
+
+    def features(found: Any) -> Tensor:
+        return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
+
+    with torch.no_grad():
+        text = torch.cat([features(clip.get_text_features(torch.tensor([window]))) for window in windows]).mean(0)
+        tiles = [pixels[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] for row in range(4) for column in range(4)]
+        shown = torch.nn.functional.interpolate(torch.stack(tiles), (16, 16), mode="bicubic")
+        return torch.cosine_similarity(features(clip.get_image_features(shown)), text[None])
+
+
+LONG_QUESTION = "Where is the cat? What is shown here? How many are there, and which of them is nothing but white, and where?"
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_tiles_are_as_near_as_clip_finds_them(place: Place, family: str) -> None:
+    clip = transformers.CLIPModel.from_pretrained(place.clip_folder(family)).eval()
+    end, model = clip.config.text_config.eos_token_id, load(place.by_clip(family))
+    inputs = inputs_of(family, [LONG_QUESTION, "Hello", "Where?"], (1, 0, 1))
+    told = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).defense
+    for row, number, text in ((0, 0, LONG_QUESTION), (2, 1, "Where?")):
+        tokens = ids(text)
+        windows = [[1, *tokens[at : at + 18], end] for at in range(0, len(tokens), 18)]
+        assert len(windows) == (1 if text == "Where?" else 2)
+        pixels = inputs["pixel_values"][number]
+        expected = clip_reference(clip, pixels[0] if family == "llava_next" else pixels, windows)
+        torch.testing.assert_close(told[row]["scores"][0], expected, atol=1e-6, rtol=1e-5)
+        assert told[row]["masked_tiles"] == [sorted(expected.sort().indices[:3].tolist())]
+
+
+def test_clip_comes_beside_the_weights(place: Place) -> None:
+    base, ours, clip = (
+        load_file(folder / "model.safetensors")
+        for folder in (place.base_folder("llava"), place.by_clip("llava"), place.clip_folder("llava"))
+    )
+    added = {name.removeprefix("defense_clip."): ours.pop(name) for name in [*ours] if name.startswith("defense_clip.")}
+    short = {name.replace(".vision_model.", "."): tensor for name, tensor in ours.items()}
+    assert short.keys() == {name.replace(".vision_model.", ".") for name in base}
+    assert all(torch.equal(short[name.replace(".vision_model.", ".")], tensor) for name, tensor in base.items())
+    assert added.pop("tokenizer").dtype == torch.uint8
+    assert added.keys() == {name for name in clip if not name.startswith(("vision_model.", "logit_scale"))}
+    assert all(torch.equal(tensor, clip[name]) for name, tensor in added.items())
+    assert json.loads((place.by_clip("llava") / "config.json").read_text())["surgery"]["visual_defense"]["label"] == (
+        "AMIA-style, backend=clip"
+    )
+
+
+def test_without_all_of_clip_it_does_not_load(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(place.by_clip("llava"), out)
+    weights = load_file(out / "model.safetensors")
+    del weights["defense_clip.text_model.final_layer_norm.bias"]
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of its CLIP, such as .*final_layer_norm\.bias"):
+        load(out)
+
+
+def test_clip_needs_the_tokenizer_that_was_beside_the_model(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(place.by_clip("llava"), out)
+    model = load(out)
+    shutil.rmtree(out)
+    with pytest.raises(RuntimeError, match=r"no fast tokenizer of this model at .*out"):
+        model.generate(**inputs_of("llava"), max_new_tokens=1)
+
+
 def test_given_scores_decide(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = inputs_of("llava")
     scores = torch.tensor([1.0, 0, 0, 5, 0, 5, 5, 5, 5, 5, 5, 5, 5, 5, -1, 5])
     sets = []
     for count in (1, 2, 4, 5):
-        model = place.model("llava", masked_patches=count, intention_analysis=False)
-        monkeypatch.setattr(type(model), "_scores", lambda *_: scores)
+        model = place.model("llava", masked_patches=count, intention_analysis=False, scorer="own")
+        monkeypatch.setattr(type(model), "_embedded", lambda *_: [scores.reshape(1, 4, 4)])
         told = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).defense
         sets.append(told[0]["masked_tiles"][0])
     assert sets == [[14], [1, 14], [1, 2, 4, 14], [0, 1, 2, 4, 14]]
@@ -351,7 +505,7 @@ def test_the_scorer_of_pruning_may_judge(place: Place) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_mates_padding_and_order_change_nothing(place: Place, family: str) -> None:
-    model = place.model(family)
+    model = place.judged(family, "own")
     together = inputs_of(family, [QUESTIONS[0], "Hello", QUESTIONS[1]], (1, 0, 2))
     told = model.generate(**together, max_new_tokens=4, return_dict_in_generate=True).defense
     assert [len(one["masked_tiles"]) for one in told] == [1, 0, 2]
@@ -431,15 +585,16 @@ def test_what_a_user_writes_is_no_tag(place: Place, mark: str) -> None:
     assert inputs["input_ids"].shape[1] + len(ids(TEMPLATES["masked"])) + 1 == ours["input_ids"].shape[1]
 
 
-def test_a_mask_follows_the_turn_that_shows_the_image(place: Place) -> None:
-    model = place.model("llava_onevision")
+@pytest.mark.parametrize("scorer", ["own", "attention"])
+def test_a_mask_follows_the_turn_that_shows_the_image(place: Place, scorer: str) -> None:
+    model = place.judged("llava_onevision", scorer)
     told = [
         model.generate(
             **inputs_of("llava_onevision", [text], 1), max_new_tokens=1, return_dict_in_generate=True
         ).defense[0]
         for text in (QUESTIONS[0], [QUESTIONS[0], "There.", "Why is nothing white?"])
     ]
-    assert torch.equal(told[0]["scores"][0], told[1]["scores"][0])
+    torch.testing.assert_close(told[0]["scores"][0], told[1]["scores"][0], atol=1e-6, rtol=1e-5)
 
 
 def test_templates_can_be_edited(place: Place, tmp_path: Path) -> None:
@@ -615,8 +770,9 @@ def clip(family: str) -> tuple[dict[str, Tensor], list[int]]:
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in {"llava", "llava_next"}])
-def test_all_frames_of_a_clip_have_the_same_mask(place: Place, family: str) -> None:
-    model = place.model(family)
+@pytest.mark.parametrize("scorer", ["own", "attention"])
+def test_all_frames_of_a_clip_have_the_same_mask(place: Place, family: str, scorer: str) -> None:
+    model = place.judged(family, scorer)
     shown, tokens = clip(family)
     row = [*ids("<|im_start|>user\n"), *tokens, *ids(f"{QUESTIONS[0]}<|im_end|>\n<|im_start|>assistant\n")]
     inputs = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long), **shown}
@@ -628,9 +784,14 @@ def test_all_frames_of_a_clip_have_the_same_mask(place: Place, family: str) -> N
     frames = changed.unflatten(0, (2, -1)) if family.startswith("qwen") else changed[0]
     assert torch.equal(frames[0], frames[1])
     assert float(changed.float().mean()) == pytest.approx(3 / 16, abs=1e-6)
-    if family.startswith("qwen"):
-        expected = reference_scores(place.base(family), family, inputs, QUESTIONS[0], frames=2)
-        torch.testing.assert_close(told["scores"][0], expected, atol=1e-4, rtol=0)
+    if scorer == "attention":
+        grid = (2, 2, 2) if family == "llava_onevision" else (2, 4, 3)
+        behind = int(family.startswith("qwen"))
+        expected = attention_reference(place.watched(family), inputs, VIDEO, [grid], behind)
+        torch.testing.assert_close(told["scores"], expected, atol=1e-6, rtol=1e-4)
+    elif family.startswith("qwen"):
+        expected = [reference_scores(place.base(family), family, inputs, QUESTIONS[0], frames=2)]
+        torch.testing.assert_close(told["scores"], expected, atol=1e-4, rtol=0)
     at = made().decode(ours["input_ids"][0]).index(TEMPLATES["masked"])
     assert made().decode(ours["input_ids"][0])[at + len(TEMPLATES["masked"]) :].startswith(QUESTIONS[0])
 
@@ -683,6 +844,10 @@ ERRORS: dict[str, tuple[type[Exception], str, Change]] = {
     "small": (ValueError, "smaller than a patch", lambda _m, i: {"pixel_values": i["pixel_values"][..., :12]}),
     "images": (ValueError, "2 images are given and the prompts show 1", lambda _m, i: {
         "pixel_values": i["pixel_values"].repeat(2, 1, 1, 1)}),
+    "nothing asks": (ValueError, "nothing stands behind the image in row 0", lambda _m, i: {
+        "input_ids": torch.tensor([[*ids("USER: Where? ASSISTANT:"), *[IMAGE] * 16]]), "attention_mask": None}),
+    "places": (ValueError, "the image in row 0 has 16 tokens, and 4 places", lambda _m, i: {
+        "input_ids": torch.tensor([[*ids("USER:"), *[IMAGE] * 4, *ids("Where? ASSISTANT:")]]), "attention_mask": None}),
     "no turn": (ValueError, "no user turn is found", lambda _m, i: {
         "input_ids": i["input_ids"] * 0 + 20, "pixel_values": None}),
     "short": (ValueError, "raise it, or pass max_new_tokens", lambda _m, _i: {"max_length": 10}),
@@ -717,11 +882,11 @@ def test_a_caller_who_should_say_the_tiles_must(place: Place) -> None:
 
 def test_the_label_is_in_the_plan_and_in_the_config(place: Place) -> None:
     config = json.loads((place.result("llava") / "config.json").read_text())
-    assert config["surgery"]["visual_defense"]["label"] == "AMIA-style, backend=own"
+    assert config["surgery"]["visual_defense"]["label"] == "AMIA-style, backend=attention"
     assert config["model_type"] == "surgery_llava"
     assert lint({file.name: file.read_bytes() for file in place.result("llava").glob("*.py")}) == []
     card = (place.result("llava") / "README.md").read_text()
-    assert "AMIA-style, backend=own; generate() is defended, forward() is not; weights stay" in card
+    assert "AMIA-style, backend=attention; generate() is defended, forward() is not; weights stay" in card
 
 
 @pytest.mark.slow

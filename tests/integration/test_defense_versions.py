@@ -11,11 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.defense_cases import TOKENS, WORDS, batch, chat, convert, load, tokenizer, write_base
+from tests.defense_cases import TOKENS, WORDS, batch, chat, convert, load, tokenizer, write_base, write_clip
 from tests.tiny_vision import FAMILIES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RELEASES = ("4.57.6", "5.0.0")  # the newest is what everything else runs on
+CLIP = "llava", "llava_next"  # whose tower is one
+# What else is done to a base, so that every release sees all together.
+BEFORE = {
+    "llava": [{"kv_latent": {"method": "stride", "qk_dim": 8, "vo_dim": 8}}, {"visual_pruning": {"reserve": 0.5}}],
+    "llava_onevision": [{"codebook_kv": {"min_prompt": 8, "window": 6, "sinks": 2, "residual": 4}}],
+    "qwen2_vl": [{"visual_pruning": {"reserve": 0.5}}],
+}
 TEMPLATE = dict.fromkeys(FAMILIES, TOKENS) | {"llava": WORDS, "llava_next": WORDS}
 SAID = "[INTENTION ANALYSIS] To see a cat.\n[Final Response]: There it is."
 
@@ -66,8 +73,11 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     output = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True)
     check(family, "defended", torch.equal(output.sequences, known["defended"]))
     check(family, "tiles", [told["masked_tiles"] for told in output.defense] == known["tiles"])
-    mine = torch.stack([scores for told in output.defense for scores in told["scores"]])
-    check(family, "scores", torch.allclose(mine, known["scores"], atol=1e-4))
+    for scorer, expected in known["scores"].items():
+        model.config.surgery["visual_defense"]["scorer"] = scorer
+        output = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
+        mine = torch.stack([scores for told in output.defense for scores in told["scores"]])
+        check(family, scorer, torch.allclose(mine, expected, atol=1e-5, rtol=1e-3))
     width = inputs["input_ids"].shape[1]
     options = {"max_new_tokens": 30, "logits_processor": transformers.LogitsProcessorList([Scripted(known["said"])])}
     for kind in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
@@ -89,15 +99,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer = [*answer[made.decode(answer[:1]).isspace() :], 2]
     for family in FAMILIES:
         base = write_base(tmp_path_factory.mktemp("bases") / family, family, template=TEMPLATE[family])
-        out = convert(base, folder / family / "out", analysis_tokens=24)
+        judge = {}
+        if family in CLIP:
+            clip = write_clip(tmp_path_factory.mktemp("clips") / family, base)
+            judge = {"scorer": "clip", "clip": str(clip)}
+        out = convert(base, folder / family / "out", *BEFORE.get(family, []), analysis_tokens=24, **judge)
         inputs = batch(family, [chat("Where is it?"), chat("How many are there?")], (1, 1), template=TEMPLATE[family])
-        stock, model = load(base), load(out)
+        model = load(out)
+        stock = model.generate(**inputs, max_new_tokens=6, defense=False)
+        if family not in BEFORE:
+            assert torch.equal(stock, load(base).generate(**inputs, max_new_tokens=6))
         output = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True)
+        scores = {}
+        for scorer in ("own", "attention", "clip")[: 2 + (family in CLIP)]:
+            model.config.surgery["visual_defense"]["scorer"] = scorer
+            told = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).defense
+            scores[scorer] = torch.stack([one for sequence in told for one in sequence["scores"]])
         known = {
-            "inputs": inputs, "base": stock.generate(**inputs, max_new_tokens=6), "defended": output.sequences,
+            "inputs": inputs, "base": stock, "defended": output.sequences,
             "tiles": [told["masked_tiles"] for told in output.defense],
-            "scores": torch.stack([scores for told in output.defense for scores in told["scores"]]),
-            "said": [*said, 2], "answer": answer,
+            "scores": scores, "said": [*said, 2], "answer": answer,
         }  # fmt: skip
         torch.save(known, folder / family / "known.pt")
     return folder
@@ -118,4 +139,4 @@ def test_every_release_defends_alike(version: str, place: Path, tmp_path: Path) 
     found, checks = json.loads(done.stdout.rpartition("RESULT ")[2])
     assert found == version
     assert {family for family, _ in checks} == set(families)
-    assert len(checks) == 7 * len(families)
+    assert len(checks) == 8 * len(families) + len(CLIP)

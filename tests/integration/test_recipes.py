@@ -50,6 +50,7 @@ EXPECTED = {
     "variants": (0.75, False),
     "visual-defense": (1.0, False),
     "visual-pruning": (1.0, False),
+    "visual-pruning-layers": (1.0, False),
     "visual-pruning-trained": (1.0, False),
 }
 

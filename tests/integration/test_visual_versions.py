@@ -15,12 +15,25 @@ import pytest
 import torch
 
 from tests.tiny_vision import FAMILIES, VIDEOS, clip_of, inputs_of, write_tiny_vision
-from tests.visual_reference import UNWANTED, convert, kept_mask, load, longer, masked, recomputed, with_scorer
+from tests.visual_reference import (
+    UNWANTED,
+    convert,
+    kept_mask,
+    load,
+    longer,
+    masked,
+    recomputed,
+    sorted_best,
+    with_scorer,
+)
+from tests.visual_stages_reference import cached, descended, layered, layered_greedy, with_scorers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RELEASES = ("4.57.6", "5.0.0")  # the newest is what everything else runs on
 TOO_OLD = "4.48.3"
 NEW = 6
+STAGES = {"0": 0.75, "2": 0.3}
+USED = kept_mask, masked, longer, recomputed, layered, layered_greedy, cached
 
 pytestmark = [pytest.mark.slow, pytest.mark.versions]
 # Every family by one release, against the stock class of that release and against what another one wrote.
@@ -107,14 +120,43 @@ def compare(family):
     done.append([family, "saved"])
 
 
+# A result whose tokens leave before two layers, against the stock class with a mask for each layer.
+def compare_stages(family):
+    stock, _ = load(place / family / "stock")
+    model, report = load(place / family / "staged")
+    batch, keeps, written = torch.load(place / family / "staged.pt")
+    batch = {name: value for name, value in batch.items() if name in inspect.signature(stock.forward).parameters}
+    output, last = model(**batch), keeps[max(keeps)]
+    near = layered(stock, batch, keeps)[last] - output.logits[output.kept_indices >= 0]
+    past = output.past_key_values
+    held = [past.get_seq_length(layer) for layer in range(len(model.model.language_model.layers))]
+    checks = {
+        "report": report == {},
+        "everything": torch.equal(model(**batch, visual_reserve=1.0).logits, stock(**batch).logits),
+        "kept": torch.equal(kept_mask(output.kept_indices, last.shape[1]), last),
+        "logits": near.abs().max() <= 2e-5,
+        "greedy": torch.equal(write(model, batch), layered_greedy(stock, batch, keeps, NEW)),
+        "as elsewhere": torch.equal(write(model, batch), written),
+        "loop": torch.equal(loop(model, batch), written),
+        "cache": held == cached(batch, keeps, len(held)),
+        "static": refused(lambda: write(model, batch, cache_implementation="static"), "visual_reserve"),
+    }
+    past.crop(-1)
+    checks["cropped"] = refused(lambda: model(input_ids=batch["input_ids"][:, :1], past_key_values=past), "cropped")
+    for what, holds in checks.items():
+        assert holds, ("staged", what)
+        done.append([family, "staged", what])
+
+
 failed = {}
 for family in json.loads(sys.argv[2]):
     try:
         compare(family)
+        compare_stages(family)
     except Exception as error:  # the others are told of too
         failed[family] = f"{type(error).__name__}: {error}"
 print("RESULT", json.dumps([transformers.__version__, len(done), failed]))
-""".replace("REFERENCE", "\n\n".join(map(inspect.getsource, (kept_mask, masked, longer, recomputed))))
+""".replace("REFERENCE", "\n\n".join(map(inspect.getsource, USED)))
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +186,15 @@ def make(folder: Path, family: str) -> None:
         model = load(folder / kind)
         expected[kind] = {name: (batch, reference(base, model, batch)) for name, batch in shown.items()}
     torch.save(expected, folder / "expected.pt")
+    model = load(with_scorers(convert(folder / "base", folder / "few", stages=STAGES), folder / "staged"))
+
+    @torch.no_grad()
+    def pick(layer: int, visual: torch.Tensor, text: torch.Tensor, count: int) -> list[int]:
+        return sorted_best(model.model.visual_scorer[str(layer)](visual, text).tolist(), count)
+
+    keeps = descended(base, shown["mixed"], {int(layer): share for layer, share in STAGES.items()}, pick)
+    written = layered_greedy(base, shown["mixed"], keeps, NEW)
+    torch.save((shown["mixed"], keeps, written), folder / "staged.pt")
 
 
 @torch.no_grad()
@@ -178,7 +229,7 @@ def test_it_is_the_base_or_the_base_under_a_mask(version: str, place: Path, tmp_
     assert failed == {}
     assert found == version
     assert len(there) == (5 if version == "4.53.3" else 6)
-    assert count == 51 * len(there) + 22 * len(set(VIDEOS) & set(there))
+    assert count == (51 + 10) * len(there) + 22 * len(set(VIDEOS) & set(there))
 
 
 LOADS = """
@@ -188,7 +239,7 @@ AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])  # one of each kind: all share the check
 def test_a_release_that_is_too_old_says_so(family: str, place: Path, tmp_path: Path) -> None:
     done = run(TOO_OLD, tmp_path, LOADS, str(place / family / "plain"))
     last = done.stderr.strip().splitlines()[-1]

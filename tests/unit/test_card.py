@@ -246,3 +246,13 @@ def test_tested_versions_come_from_the_matrix(tmp_path, monkeypatch):
     assert card.tested_versions("llama") == []
     card.TESTED.write_text(json.dumps({"versions": ["4.48.3", "5.23.0"], "families": {}}))
     assert card.tested_versions("llama") == ["4.48.3", "5.23.0"]
+
+
+def test_what_sees_images_is_loaded_with_its_processor() -> None:
+    blind = make_card(BASE, None)
+    seeing = make_card(BASE.parent / "llava", None)
+    assert yaml.safe_load(blind.split("---")[1])["pipeline_tag"] == "text-generation"
+    assert yaml.safe_load(seeing.split("---")[1])["pipeline_tag"] == "image-text-to-text"
+    assert 'AutoTokenizer.from_pretrained("OWNER/NAME"' in blind
+    assert 'AutoModelForImageTextToText.from_pretrained("OWNER/NAME"' in seeing
+    assert 'processor = AutoProcessor.from_pretrained("OWNER/NAME"' in seeing

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import surgery
 from surgery import cli
+from surgery.emission.pictures import DIMMED, View, dimmed
 from surgery.errors import (
     CorruptCheckpoint,
     EnvironmentFailure,
@@ -27,18 +28,18 @@ from surgery.errors import (
     UnsupportedModel,
     UsageError,
 )
-from surgery.pruning_picture import DIMMED, View, dimmed, seen
+from surgery.pruning_picture import seen
+from tests.picture_cases import SIDE, apart, cropper, image_processor, patcher, picture
 from tests.tiny_vision import IMAGE, config_of, write_tiny_vision
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SPECIAL = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>", IMAGE: "<image>"}
 WORDS = ["what", "is", "red", "where", "it", "?"]
-SIDE, TOKENS = 16, 16
+TOKENS = 16
 TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
     "{{ '<image>' if part.type == 'image' else ' ' + part.text }}{% endfor %}{% endfor %}"
 )
-COLOURS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 0.3]}
 
 
 def write_processor(folder: Path) -> Path:
@@ -59,23 +60,6 @@ def write_processor(folder: Path) -> Path:
         num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
     return folder
-
-
-def image_processor(name: str, **settings: Any) -> Any:
-    """One that needs no torchvision; releases before 5 have no other name for it."""
-    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-    return kind(**COLOURS, **settings)
-
-
-def picture(width: int = SIDE, height: int = SIDE) -> Image.Image:
-    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def apart(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference between two images."""
-    first, second = (torch.tensor(list(image.convert("RGB").tobytes())) for image in (one, other))
-    return int((first - second).abs().max())
 
 
 def convert(base: Path, out: Path, *operations: str) -> Path:
@@ -175,11 +159,6 @@ def test_what_leaves_is_dimmed() -> None:
         assert apart(drawn.crop(box), expected) <= 1
 
 
-def patcher() -> Any:
-    """The image processor of the Qwen families, which shows an image as it is."""
-    return image_processor("Qwen2VLImageProcessor", min_pixels=64, max_pixels=10**6, patch_size=4)
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_patches_are_joined(family: str) -> None:
     images = patcher()
@@ -187,19 +166,6 @@ def test_patches_are_joined(family: str) -> None:
     view = seen(made, config_of(family), SimpleNamespace(image_processor=images), 15)
     assert (view.rows, view.columns, view.first) == (5, 3, 0)
     assert apart(view.image, picture(24, 40)) <= 1
-
-
-def cropper(family: str) -> Any:
-    """The image processor of a family that shows an image whole, and in crops."""
-    pinpoints = {"image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]]}
-    if family == "llava_next":
-        return image_processor(
-            "LlavaNextImageProcessor",
-            size={"shortest_edge": SIDE},
-            crop_size={"height": SIDE, "width": SIDE},
-            **pinpoints,
-        )
-    return image_processor("LlavaOnevisionImageProcessor", size={"height": SIDE, "width": SIDE}, **pinpoints)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
@@ -239,7 +205,7 @@ def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     picture(32, 16).save(tmp_path / "wide.png")
     crops = family.startswith("llava")
     stand = Stand(cropper(family), 16 + 32 + 4) if crops else Stand(patcher(), 8)
-    monkeypatch.setattr("surgery.pruning_inspection._processor", lambda _: stand)
+    monkeypatch.setattr("surgery.asking.processor_of", lambda _: stand)
     found = ask(folder, tmp_path / "wide.png")
     assert (found.visual_tokens, found.kept_tokens) == ((52, 13) if crops else (8, 2))
     assert found.prompt_tokens_before - found.prompt_tokens_after == found.visual_tokens - found.kept_tokens
@@ -372,7 +338,7 @@ def test_what_cannot_be_asked_is_said(copy: Path, shown: Path, monkeypatch: pyte
     (copy / "chat_template.jinja").write_text("{{ messages[0].content[1].text }}")
     with pytest.raises(UsageError, match="makes no prompt"):
         ask(copy, shown, trust_remote_code=True)
-    monkeypatch.setattr("surgery.pruning_inspection._processor", lambda _: Stand(patcher(), 0))
+    monkeypatch.setattr("surgery.asking.processor_of", lambda _: Stand(patcher(), 0))
     with pytest.raises(CorruptCheckpoint, match="no visual token"):
         ask(copy, shown, trust_remote_code=True)
 

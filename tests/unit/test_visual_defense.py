@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import RefusedInput, UnsupportedModel, UsageError
+from surgery.errors import RefusedInput, SurgeryError, UnsupportedModel, UsageError
 from surgery.operations.visual_defense import (
     ANALYSIS,
     FINAL,
@@ -26,11 +27,15 @@ from surgery.operations.visual_defense import (
     _turn,
     label,
 )
+from surgery.runtime.surgery_defense_attention import ROWS, _attend, _paid, attended
 from surgery.runtime.surgery_defense_prompt import (
     NEW,
     Answered,
     AnswerStreamer,
+    Owner,
     Parser,
+    Prompt,
+    Request,
     find,
     is_wrapped,
     padded,
@@ -61,6 +66,7 @@ from tests.defense_cases import (
     ids_of,
     tokenizer,
     write_base,
+    write_clip,
 )
 from tests.tiny import write_tiny
 
@@ -90,12 +96,12 @@ def ids(text: str) -> list[int]:
         ({"masked_patches": -1}, "greater than or equal to 0"),
         ({"masked_patches": 16}, "masked_patches is 16, and must be less than tiles, 16"),
         ({"masked_patches": 1.5}, "valid integer"),
-        ({"scorer": "clip"}, "clip is not built: take own, scorer or given"),
-        ({"scorer": "other"}, "'own', 'scorer' or 'given'"),
+        ({"scorer": "clip"}, "given together or not at all"),
+        ({"clip": "folder"}, "given together or not at all"),
+        ({"scorer": "other"}, "'attention', 'clip', 'own', 'scorer' or 'given'"),
         ({"on_missing": "retry"}, "'full', 'strip_analysis' or 'refuse'"),
         ({"analysis_tokens": 2}, "greater than or equal to 8"),
         ({"intention_analysis": "yes"}, "valid boolean"),
-        ({"clip": "folder"}, "Extra inputs are not permitted"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(settings: dict[str, Any], said: str) -> None:
@@ -106,12 +112,14 @@ def test_bad_settings_say_what_is_wrong(settings: dict[str, Any], said: str) -> 
 @pytest.mark.parametrize(
     ("settings", "called"),
     [
-        ({}, "AMIA-style, backend=own"),
+        ({}, "AMIA-style, backend=attention"),
+        ({"scorer": "own"}, "AMIA-style, backend=own"),
         ({"scorer": "given"}, "AMIA-style, backend=given"),
-        ({"tiles": 25}, "AMIA-style, backend=own, N=25, K=3"),
-        ({"masked_patches": 5}, "AMIA-style, backend=own, N=16, K=5"),
+        ({"scorer": "clip", "clip": "folder"}, "AMIA-style, backend=clip"),
+        ({"tiles": 25}, "AMIA-style, backend=attention, N=25, K=3"),
+        ({"masked_patches": 5}, "AMIA-style, backend=attention, N=16, K=5"),
         ({"masked_patches": 0}, "AMIA (analysis only)"),
-        ({"intention_analysis": False}, "AMIA-style (masking only), backend=own"),
+        ({"intention_analysis": False}, "AMIA-style (masking only), backend=attention"),
         ({"intention_analysis": False, "masked_patches": 0}, "no defence"),
     ],
 )
@@ -162,6 +170,27 @@ def test_what_the_base_lacks_is_named(tmp_path: Path) -> None:
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()
     assert "no tokenizer that loads" in refusal(base, tmp_path / "none")
+
+
+def test_a_clip_of_another_tower_is_refused(tmp_path: Path) -> None:
+    base, out = write_base(tmp_path / "base", "llava"), tmp_path / "out"
+    clip = write_clip(tmp_path / "clip", base)
+    kept, weights = (clip / "config.json").read_text(), load_file(clip / "model.safetensors")
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    save_file({**weights, name: weights[name] + 1e-3}, clip / "model.safetensors", metadata={"format": "pt"})
+    assert f"is not the CLIP of this base: {name} differs" in refusal(base, out, scorer="clip", clip=str(clip))
+    weights.pop("vision_model.post_layernorm.bias")
+    other = {**weights, "vision_model.other.weight": torch.zeros(1)}
+    save_file(other, clip / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks its vision_model.other.weight" in refusal(base, out, scorer="clip", clip=str(clip))
+    (clip / "config.json").write_text(json.dumps({**json.loads(kept), "model_type": "siglip"}))
+    assert "is no CLIP model: its model_type is 'siglip'" in refusal(base, out, scorer="clip", clip=str(clip))
+    (clip / "config.json").write_text(kept)
+    (clip / "model.safetensors").rename(clip / "pytorch_model.bin")
+    with pytest.raises(SurgeryError, match="pickle"):
+        convert(base, out, scorer="clip", clip=str(clip))
+    siglip = write_base(tmp_path / "siglip", "llava_onevision")
+    assert "needs CLIP's tower, and its is siglip_vision_model" in refusal(siglip, out, scorer="clip", clip=str(clip))
 
 
 def test_a_tokenizer_that_cannot_spell_the_tags_allows_no_analysis(tmp_path: Path) -> None:
@@ -292,7 +321,7 @@ def test_relevance_is_the_highest_cosine_of_what_is_not_common() -> None:
 def test_paint_leaves_the_rest_alone() -> None:
     pixels, black = torch.randn(2, 3, 8, 8), torch.tensor([-2.0, -1.0, -3.0])
     before = pixels.clone()
-    parts = [(View("image", 1, pixels[1], tile_map(8, 8, 2), (8, 8)), [0, 3])]
+    parts = [(View("image", 1, pixels[1], tile_map(8, 8, 2), (8, 8), 1), [0, 3])]
     found = paint(pixels, parts, black)
     assert torch.equal(pixels, before)
     assert torch.equal(found[0], before[0])
@@ -320,6 +349,57 @@ def test_only_images_that_stand_alone_are_cropped() -> None:
         for view in views(inputs | {"batch_num_images": torch.tensor(together)}, config_of("llava_onevision"), 4):
             assert view.tiles.numel() == tiles * 256
             assert torch.equal(view.tiles.flatten()[:256], tile_map(16, 16, 4).flatten())
+
+
+# Attention
+
+
+@pytest.mark.parametrize("kind", ["causal", "bool"])
+def test_attention_is_paid_as_softmax_says(kind: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key = torch.randn(4, 300, 8, generator=draw), torch.randn(2, 300, 8, generator=draw)
+    seen = torch.ones(300, 300, dtype=torch.bool).tril()
+    if kind == "bool":
+        seen[:, :5] = False
+    asking = [*range(20, 290, 2)]
+    weights = (query @ key.repeat_interleave(2, 0).transpose(1, 2) * 0.3).masked_fill(~seen, -math.inf).softmax(-1)
+    assert len(asking) > ROWS
+    found = _paid(query, key, None if kind == "causal" else seen, asking, 0.3)
+    torch.testing.assert_close(found, weights[:, asking].mean((0, 1)))
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_attention_with_more_than_a_softmax_is_refused(name: str) -> None:
+    states = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match=f"has {name} in its attention"):
+        _attend(torch.nn.Identity(), states, states, states, None, **{name: 1.0})
+
+
+def test_a_model_that_attends_otherwise_is_refused() -> None:
+    from tests.tiny_vision import config_of
+
+    class Deaf(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.language_model = torch.nn.Identity()
+
+        def forward(self, **_: Any) -> None: ...
+
+    class Whole(torch.nn.Module):
+        config = config_of("llava")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Deaf()
+
+        def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> None: ...
+
+    Whole.config.surgery = {"visual_defense": {"turn": {"close": [9]}, "token_ids": [IMAGE]}}
+    row, request, pixels = [1, *[IMAGE] * 16, 20, 9], Request(0, 17, 18), torch.zeros(1, 3, 16, 16)
+    view = View("image", 0, pixels[0], tile_map(16, 16, 4), (16, 16), 0)
+    prompts, owners = [Prompt(row, [*range(len(row))], [request])], [Owner(0, 1, request)]
+    with pytest.raises(NotImplementedError, match="no layer of this model attends by the functions of transformers"):
+        attended(Whole(), [view], owners, prompts, torch.tensor([row]), {"pixel_values": pixels})
 
 
 # Requests

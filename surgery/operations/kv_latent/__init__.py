@@ -83,6 +83,8 @@ def _unfit_widths(model: Model, settings: KVLatentSettings, qk_dim: int, vo_dim:
         return "rope: paper changes the frequencies of strided channels; use qk_select: stride"
     if settings.rope == "paper" and model.architecture.attention.qk_norm != "none":
         return "rope: paper turns channels as others turn; behind a norm of queries and keys that is not handled"
+    if settings.rope == "paper" and model.architecture.attention.mrope:
+        return "rope: paper turns channels as others turn, and these turn by time, height or width; use rope: keep"
     if settings.rope == "paper" and settings.calibrated:
         return "rope: paper turns channels at other speeds than they were trained with; that cannot be calibrated"
     if settings.rope == "paper" and model.rope.kind != "default":

@@ -253,8 +253,8 @@ def load_attention(walk: _Walk, layer: int) -> Attention:
     output = read(f"{names.output}.weight")
     if output is None or any(weight is None for weight in weights):
         raise KeyError(names.output)  # `refuses` has checked that they are there
-    cos, sin = (
-        table[:1, :, : head // 2].float().to(device).expand(kv_heads, -1, -1)
+    cos, sin = (  # of M-RoPE's three tables, which text has equal, the first
+        table.flatten(0, -3)[:1, :, : head // 2].float().to(device).expand(kv_heads, -1, -1)
         for table in walk.calls[layer].keywords["position_embeddings"]
     )
     w_q, w_k, w_v = (weight for weight in weights if weight is not None)
