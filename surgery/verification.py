@@ -215,11 +215,17 @@ def check_hashes(folder: Path) -> Check:
 
 def run_probe(job: Mapping[str, Any], *, transformers: Path | None, timeout: float) -> dict[str, Any]:
     """Run one job in a fresh interpreter and return its result; raises VerificationFailure where there is none."""
+    return run_probes([job], transformers=transformers, timeout=timeout)[0]
+
+
+def run_probes(jobs: Sequence[Mapping[str, Any]], *, transformers: Path | None, timeout: float) -> list[dict[str, Any]]:
+    """Run jobs one after another in a fresh interpreter and return their results, as `run_probe`."""
     with tempfile.TemporaryDirectory(prefix="surgery-verify-") as place:
         work = Path(place)
-        job_file, result_file, errors = work / "job.json", work / "result.json", work / "stderr"
-        job_file.write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, str(PROBE), str(job_file), str(result_file)]
+        errors, files = work / "stderr", [(work / f"job{n}.json", work / f"result{n}.json") for n in range(len(jobs))]
+        for job, (job_file, _) in zip(jobs, files, strict=True):
+            job_file.write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, str(PROBE), *(str(file) for pair in files for file in pair)]
         with errors.open("wb") as stderr:
             try:
                 status = subprocess.run(  # noqa: S603 - our own script, with our own interpreter
@@ -238,14 +244,13 @@ def run_probe(job: Mapping[str, Any], *, transformers: Path | None, timeout: flo
                     cause=f"it was at: {_last_line(errors)}",
                     remedy="raise the timeout, or ask for fewer checks",
                 ) from error
-        if status != 0 or not result_file.is_file():
+        if status != 0 or not all(result.is_file() for _, result in files):
             raise VerificationFailure(
                 f"the verification process ended with status {status}",
                 cause=_last_line(errors),
                 remedy="status -9 is most often too little memory; run surgery verify OUT to try again",
             )
-        result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
-    return result
+        return [json.loads(result.read_text(encoding="utf-8")) for _, result in files]
 
 
 def _check_question(against: Path | None, promises: Promises, trial: Trial) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the checks of the job named first on the command line; write the result where the second argument says."""
+    """Run the checks of jobs; the command line has the file of each, and behind it that to write its result to."""
     sys.modules["surgery"] = None  # type: ignore[assignment]  # every import of surgery now fails, installed or not
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]  # else loading.py shadows others
@@ -19,8 +19,9 @@ def main() -> None:
     package = importlib.util.module_from_spec(spec)
     sys.modules["surgery_probe"] = package
     spec.loader.exec_module(package)
-    job, result = map(Path, sys.argv[1:])
-    importlib.import_module("surgery_probe.running").run(job, result)
+    run = importlib.import_module("surgery_probe.running").run
+    for job, result in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        run(Path(job), Path(result))
 
 
 if __name__ == "__main__":

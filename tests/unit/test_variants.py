@@ -195,7 +195,7 @@ def test_a_card_tells_the_hub_what_is_quantized(tmp_path: Path) -> None:
 
     def front(*entries: Any) -> dict[str, Any]:
         steps = manifest_from_dict({"surgery": 1, "operations": list(entries)}).steps
-        return yaml.safe_load(card.front_matter(base, steps, None).strip("-"))
+        return yaml.safe_load(card.front_matter(base, steps, None, images=False).strip("-"))
 
     assert front("scale")["base_model_relation"] == "finetune"
     assert front("scale", "pack")["base_model_relation"] == "quantized"
