@@ -160,6 +160,12 @@ def refuse_other_class(model: Any, *, has: bool, does: str) -> None:
         )  # fmt: skip
 
 
+def plain_report(report: Any) -> dict[str, Any]:
+    """The fields of a report as plain data, without its view."""
+    fields = {name: value for name, value in vars(report).items() if name != "view"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
 def base_view_notes(view: View, visual: int) -> tuple[str, ...]:
     """A line where a picture shows fewer visual tokens than there are."""
     drawn = view.rows * view.columns

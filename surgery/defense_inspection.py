@@ -16,6 +16,7 @@ from surgery.asking import (
     asking_errors,
     base_view_notes,
     checked_share,
+    plain_report,
     put,
     refuse_other_class,
     settings_of,
@@ -74,8 +75,7 @@ class DefenseReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the view."""
-        plain = {name: value for name, value in vars(self).items() if name != "view"}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+        return plain_report(self)
 
     def draw(self, path: Path | str) -> None:
         """Draw the masks as the PNG `path`. Raises UsageError, OutputExists, MissingPackage or EnvironmentFailure."""

@@ -15,6 +15,7 @@ from surgery.asking import (
     asking_errors,
     base_view_notes,
     checked_share,
+    plain_report,
     put,
     refuse_other_class,
     settings_of,
@@ -64,8 +65,7 @@ class PruningReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the view."""
-        plain = {name: value for name, value in vars(self).items() if name != "view"}
-        return {**plain, "kept": list(self.kept), "notes": list(self.notes)}
+        return plain_report(self)
 
     def draw(self, path: Path | str) -> None:
         """Draw what stays as the PNG `path`. Raises UsageError, OutputExists, MissingPackage or EnvironmentFailure."""

@@ -21,6 +21,7 @@ from tests.tiny_vision import IMAGE, VIDEO
 SCORER = {"width": 32, "heads": 2, "layers": 1}
 WEIGHTS = "model-scorer.safetensors"
 UNWANTED = [2, 5, 6, 7, 8]  # ends, and what stands for images
+PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 def convert(base: Path, out: Path, **settings: Any) -> Path:
@@ -110,6 +111,16 @@ def masked(base: Any, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
             return logits
     finally:
         handle.remove()
+
+
+def padded(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """More padding on the left."""
+    more = {
+        name: torch.cat([value.new_zeros(len(value), count), value], 1)
+        for name, value in batch.items()
+        if name in PER_TOKEN
+    }
+    return batch | more
 
 
 def longer(batch: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:

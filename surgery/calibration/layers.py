@@ -87,7 +87,25 @@ def enter(network: Any, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
 
 
 class _Entered(Exception):
-    """Ends a forward pass once every layer was reached."""
+    """Ends a forward pass once what was waited for is reached."""
+
+
+def called_with(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `run` calls a module with first; neither it nor anything behind it runs."""
+    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def catch(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        caught.append((positional, named))
+        raise _Entered
+
+    handle = module.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        run()
+    except _Entered:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
 
 
 @contextmanager

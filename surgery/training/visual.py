@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from surgery.calibration.layers import called_with
 from surgery.calibration.loading import causal_lm, check_device
 from surgery.calibration.pictures import IGNORED, Batch, Batches, Question, drawn_questions, read_questions
 from surgery.calibration.store import load_statistics, store_statistics
@@ -100,10 +101,6 @@ class Prompt:
 Scores = Callable[[Prompt, float], list[Tensor]]  # where a share of each image's tokens is to stay -> [V] of each
 
 
-class _Stop(Exception):
-    pass
-
-
 class Model:
     """The base, frozen, taken apart where its language model begins."""
 
@@ -122,19 +119,7 @@ class Model:
     @torch.no_grad()
     def prompt(self, batch: Batch) -> Prompt:
         """Run everything before the language model."""
-        caught: dict[str, Any] = {}
-
-        def catch(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            caught.update(kwargs)
-            raise _Stop
-
-        handle = self.inner.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            self.whole(**batch.inputs, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
+        _, caught = called_with(self.inner, lambda: self.whole(**batch.inputs, use_cache=False))
         ids, valid = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
         position = caught.get("position_ids")
         if position is None:
@@ -155,20 +140,9 @@ class Model:
     @torch.no_grad()
     def before(self, prompt: Prompt, layer: int) -> Tensor:
         """States [B, L, D] that come to a layer, under the masks that hold before it."""
-        caught: list[Tensor] = []
-
-        def catch(_module: Any, args: Any) -> None:
-            caught.append(args[0])
-            raise _Stop
-
-        handle = self.inner.layers[layer].register_forward_pre_hook(catch)
-        try:
-            self._run(prompt, prompt.earlier)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
-        return caught[0]
+        (states, *_), _ = called_with(self.inner.layers[layer], lambda: self._run(prompt, prompt.earlier))
+        found: Tensor = states
+        return found
 
     def _run(self, prompt: Prompt, masks: Mapping[int, Tensor]) -> Any:
         masks = masks if 0 in masks else {0: prompt.mask(), **masks}

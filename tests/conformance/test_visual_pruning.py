@@ -21,6 +21,7 @@ from surgery.runtime.surgery_visual_pruning import PRUNED, checked_reserve
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.tiny_vision import FAMILIES, VIDEOS, clip_of, inputs_of, write_tiny_vision
 from tests.visual_reference import (
+    PER_TOKEN,
     SCORER,
     UNWANTED,
     convert,
@@ -30,6 +31,7 @@ from tests.visual_reference import (
     load,
     longer,
     masked,
+    padded,
     placeholders,
     prefix,
     quota,
@@ -42,7 +44,6 @@ from tests.visual_reference import (
 CLOSE = {"rtol": 0, "atol": 2e-5}
 QUICK = ("llava", "qwen3_vl")  # where what a test looks at is the same in all families
 MIXED = (1, 2, 0)
-PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "suppress_tokens": UNWANTED}
 families = pytest.mark.parametrize("family", FAMILIES)
 quick_families = pytest.mark.parametrize("family", QUICK)
@@ -80,16 +81,6 @@ def model(folder):
 def prompt(batch):
     """Without what is seen in it."""
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def padded(batch, count):
-    """More padding on the left."""
-    more = {
-        name: torch.cat([value.new_zeros(len(value), count), value], 1)
-        for name, value in batch.items()
-        if name in PER_TOKEN
-    }
-    return batch | more
 
 
 def written(model, batch, count=8, **options):

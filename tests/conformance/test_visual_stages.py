@@ -18,13 +18,12 @@ from surgery.errors import ManifestError, UnsupportedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.tiny_vision import TEXT, clip_of, inputs_of, write_tiny_vision
-from tests.visual_reference import UNWANTED, convert, greedy_dpp, load, longer, sorted_best
+from tests.visual_reference import PER_TOKEN, UNWANTED, convert, greedy_dpp, load, longer, padded, sorted_best
 from tests.visual_stages_reference import cached, descended, layered, layered_greedy, with_scorers
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 MIXED = (1, 2, 0)
 STAGES = {"llava": {0: 0.75, 1: 0.5, 2: 0.2}, "qwen2_vl": {1: 0.6, 2: 0.3}, "qwen3_vl": {0: 0.7, 2: 0.3}}
-PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 NEW, LAYERS = 6, TEXT["num_hidden_layers"]
 families = pytest.mark.parametrize("family", STAGES)
 ruled = pytest.mark.parametrize("kind", ["plain", "trained"])
@@ -81,15 +80,6 @@ def keeps_of(model):
         return descended(model(family, "base", attention), batch, STAGES[family], pick)
 
     return found
-
-
-def padded(batch, count):
-    more = {
-        name: torch.cat([value.new_zeros(len(value), count), value], 1)
-        for name, value in batch.items()
-        if name in PER_TOKEN
-    }
-    return batch | more
 
 
 def answer(model, batch, **options):
